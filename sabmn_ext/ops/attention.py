@@ -12,6 +12,7 @@ operations do one pass each and have no gradient of their own::
 Both Functions are in the ``setup_context`` form with a generated vmap rule, which torch.func needs.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,6 +28,7 @@ _INPUTS = (
     "Tensor? b_query, Tensor? b_key, Tensor? b_value, Tensor? b_out"
 )
 _N_INPUTS = 10
+_BIASES = ("b_query", "b_key", "b_value", "b_out")
 _SAVED = "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse"
 
 _library = torch.library.Library("sabmn_ext", "FRAGMENT")
@@ -116,50 +118,35 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _check(
-    x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, biases: Sequence[Tensor | None]
-) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x has shape {list(x.shape)}; expected a feature map [B, C, H, W]")
+def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, biases: Sequence[Tensor | None]) -> None:
+    if x.dim() != 4 or x.shape[1] == 0:
+        raise ValueError(f"x has shape {list(x.shape)}; expected a feature map [B, C, H, W] of at least one channel")
     if x.dtype not in dispatch.DTYPE_CODES:
         raise TypeError(f"x has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
-    if x.shape[1] == 0:
-        raise ValueError(f"x has shape {list(x.shape)}; expected at least one channel")
-    channels, (w_query, w_key, w_value, w_out) = x.shape[1], weights
-    for name, weight in zip(("w_query", "w_key", "w_value", "w_out"), weights, strict=True):
-        if weight is None:
-            if name in ("w_query", "w_key"):
-                raise TypeError(f"{name} is None; expected a tensor [d, {channels}]")
+    w_query, _, w_value, w_out = weights
+    channels, width = x.shape[1], 0 if w_query is None or w_query.dim() == 0 else w_query.shape[0]
+    value_width = channels if w_value is None or w_out is None or w_value.dim() == 0 else w_value.shape[0]
+    why_value = "no w_out, so the values are as wide as x" if w_out is None else "any value width, x's channels"
+    for name, tensor, shape, why in (
+        ("w_query", weights[0], (width, channels), "any width d ≥ 1, x's channels"),
+        ("w_key", weights[1], (width, channels), "w_query's rows, x's channels"),
+        ("w_value", weights[2], (value_width, channels), why_value),
+        ("w_out", weights[3], (channels, value_width), "x's channels, w_value's rows"),
+        ("b_query", biases[0], (width,), "w_query's rows"),
+        ("b_key", biases[1], (width,), "w_query's rows"),
+        ("b_value", biases[2], (value_width,), "w_value's rows"),
+        ("b_out", biases[3], (channels,), "x's channels"),
+    ):
+        if tensor is None:
             continue
-        _check_like(name, weight, x)
-        matrix = weight.dim() == 2 or (weight.dim() == 4 and weight.shape[2] == weight.shape[3] == 1)
-        if not matrix or weight.shape[0] == 0:
-            raise ValueError(
-                f"{name} has shape {list(weight.shape)}; expected [rows, columns] or that of a 1×1 convolution, [rows, columns, 1, 1]"
-            )
-        if name != "w_out" and weight.shape[1] != channels:
-            raise ValueError(f"{name} has shape {list(weight.shape)}; expected [d, {channels}], since x has {channels} channels")
-    assert w_query is not None and w_key is not None
-    if w_key.shape[0] != w_query.shape[0]:
-        raise ValueError(
-            f"w_key has shape {list(w_key.shape)}; expected [{w_query.shape[0]}, {channels}], as many rows as w_query has"
-        )
-    value_width = channels if w_value is None else w_value.shape[0]
-    if w_value is not None and w_out is None and value_width != channels:
-        raise ValueError(
-            f"w_value has shape {list(w_value.shape)}; expected [{channels}, {channels}] where w_out is None: "
-            "without an output projection the values are as wide as x"
-        )
-    if w_out is not None and (w_out.shape[0] != channels or w_out.shape[1] != value_width):
-        raise ValueError(
-            f"w_out has shape {list(w_out.shape)}; expected [{channels}, {value_width}]: x's channels, w_value's rows"
-        )
-    rows = (w_query.shape[0], w_query.shape[0], value_width, channels)
-    for name, bias, length in zip(("b_query", "b_key", "b_value", "b_out"), biases, rows, strict=True):
-        if bias is not None:
-            _check_like(name, bias, x)
-            if bias.dim() != 1 or bias.shape[0] != length:
-                raise ValueError(f"{name} has shape {list(bias.shape)}; expected [{length}]")
+        given = tensor.shape[:-2] if tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3] == 1 else tensor.shape
+        if given != shape or given[0] == 0:
+            convolution = f" or {[*shape, 1, 1]}" if len(shape) == 2 else ""
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}{convolution} ({why})")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}, as x: convert one, or use torch.autocast")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
     if biases[3] is not None and w_out is None:
         raise ValueError("b_out is given, but w_out is None; without an output projection there is no output bias")
     if gamma is not None:
@@ -167,15 +154,6 @@ def _check(
             raise ValueError(f"gamma has shape {list(gamma.shape)}; expected one number, of shape [] or [1]")
         if not gamma.is_floating_point() or gamma.device != x.device:
             raise TypeError(f"gamma is {gamma.dtype} on {gamma.device}; expected a float number on {x.device}, where x is")
-
-
-def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype != x.dtype:
-        raise TypeError(
-            f"{name} has dtype {tensor.dtype}; expected {x.dtype}, as x. Convert one of them, or run under torch.autocast"
-        )
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
 
 
 # ---- the operations ----
@@ -207,31 +185,34 @@ def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool]) ->
     return [_empty_image(x), *outputs[1:]] if needs[0] else outputs
 
 
-def _address(tensor: Tensor | None) -> int:
-    """0 where there is nothing to point to."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _native_inputs(
-    x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor], scratch: Tensor
-) -> dict[str, Any]:
-    """The arguments that both passes of the C++ kernel share. ``parameters`` are contiguous."""
-    return {
+    x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor]
+) -> tuple[dict[str, Any], Tensor]:
+    """The arguments that both passes of the C++ kernel share, and the scratch memory that must live as long as the call.
+
+    ``parameters`` are contiguous.
+    """
+    assert _native.module is not None
+    threads, key_width, value_width = torch.get_num_threads(), saved[0].shape[1], saved[2].shape[1]
+    scratch = x.new_empty(threads * _native.module.attention_scratch(key_width, value_width))
+    addresses = [_address(t) for t in parameters]
+    arguments = {
         "dtype": dispatch.DTYPE_CODES[x.dtype],
-        "threads": torch.get_num_threads(),
-        "sizes": (*x.shape, saved[0].shape[1], saved[2].shape[1]),
+        "threads": threads,
+        "sizes": (*x.shape, key_width, value_width),
         "x": x.data_ptr(),
         "x_strides": x.stride(),
-        "weights": [_address(t) for t in parameters[:5]],
-        "biases": [_address(t) for t in parameters[5:]],
+        "weights": addresses[:5],
+        "biases": addresses[5:],
         "saved": [_address(t) for t in saved],
         "scratch": scratch.data_ptr(),
     }
+    return arguments, scratch
 
 
-def _scratch(x: Tensor, query: Tensor, value: Tensor) -> Tensor:
-    assert _native.module is not None
-    return x.new_empty(torch.get_num_threads() * _native.module.attention_scratch(query.shape[1], value.shape[1]))
+def _address(tensor: Tensor | None) -> int:
+    """0 where there is nothing to point to."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -240,13 +221,12 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         assert _native.module is not None
         parameters = [None if t is None else t.contiguous() for t in parameters]
         y, *saved = outputs = _forward_outputs(x, parameters[0], parameters[2])
-        scratch = _scratch(x, saved[0], saved[2])
-        shared = _native_inputs(x, parameters, saved, scratch)
+        shared, _scratch = _native_inputs(x, parameters, saved)
         status = _native.module.attention_forward(**shared, y=y.data_ptr(), y_strides=y.stride())
         dispatch.check_status(status, "attention_forward", x)
         return outputs
     with torch.no_grad(), _no_autocast(x):
-        biases = dict(zip(("b_query", "b_key", "b_value", "b_out"), parameters[5:], strict=True))
+        biases = dict(zip(_BIASES, parameters[5:], strict=True))
         y, *saved = reference.self_attention2d_forward(x, *parameters[:5], **biases)
         return _empty_image(x).copy_(y), *(t.contiguous() for t in saved)
 
@@ -276,9 +256,9 @@ def _native_backward(
     grad_query = torch.empty_like(query) if through_query else None
     grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if through_key else (None, None)
     context, row_term = torch.empty_like(value), x.new_empty(2, x.shape[0], x.shape[2] * x.shape[3])
-    scratch = _scratch(x, query, value)
+    shared, _scratch = _native_inputs(x, parameters, saved)
     status = _native.module.attention_backward(
-        **_native_inputs(x, parameters, saved, scratch),
+        **shared,
         grad_y=grad_y.data_ptr(),
         grad_y_strides=grad_y.stride(),
         grad_x=grads[0].data_ptr() if needs[0] else 0,
@@ -306,78 +286,100 @@ def _backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_gradient_outputs(arguments[:_N_INPUTS], arguments[-2]))
 
 
+def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+    """vmap's rule: a loop, since the weights or the gradients' sums may differ from one to the next."""
+    calls = [
+        operation(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
 for _operation, _implementation, _fake in (
     ("attention_forward", _forward, _forward_fake),
     ("attention_backward", _backward, _backward_fake),
 ):
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)
+    _vmap = functools.partial(_one_by_one, getattr(torch.ops.sabmn_ext, _operation))
+    torch.library.register_vmap(f"sabmn_ext::{_operation}", _vmap, lib=_library)
 
 
 # ---- autograd ----
+#
+# The Functions' parameters are written out one by one: torch.compile counts them.
 
 
 class _Attention(torch.autograd.Function):
-    """(the ten inputs, backend) → (y, query, key, value, out, lse), of which only y is for the outside."""
+    """y, for the outside; then query, key, value, out, lse, which the backward needs."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return torch.ops.sabmn_ext.attention_forward(*arguments)
+    def forward(  # type: ignore[override]
+        x: Any, w_query: Any, w_key: Any, w_value: Any, w_out: Any, gamma: Any,
+        b_query: Any, b_key: Any, b_value: Any, b_out: Any, backend: str | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        inputs = (x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out)
+        return torch.ops.sabmn_ext.attention_forward(*inputs, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:_N_INPUTS], *output[1:])
-        ctx.backend = inputs[_N_INPUTS]
+        ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, *grads_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = tuple(ctx.needs_input_grad[:_N_INPUTS])
-        if grads_out[0] is None:
+    def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_y is None:
             return (None,) * (_N_INPUTS + 1)
-        wanted = list(_AttentionGradient.apply(grads_out[0], *ctx.saved_tensors, needs, ctx.backend))
+        needs = tuple(ctx.needs_input_grad[:_N_INPUTS])
+        wanted = list(_AttentionGradient.apply(grad_y, *ctx.saved_tensors, needs, ctx.backend))
         return (*[wanted.pop(0) if need else None for need in needs], None)
 
 
 class _AttentionGradient(torch.autograd.Function):
-    """(grad_y, the ten inputs, what the forward saved, needs, backend) → the gradients that are needed, in order."""
+    """The gradients that are needed, in the order of the inputs."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        grads = torch.ops.sabmn_ext.attention_backward(*arguments)
-        return tuple([grad for grad, need in zip(grads, arguments[-2], strict=True) if need])
+    def forward(  # type: ignore[override]
+        grad_y: Any, x: Any, w_query: Any, w_key: Any, w_value: Any, w_out: Any, gamma: Any,
+        b_query: Any, b_key: Any, b_value: Any, b_out: Any,
+        query: Any, key: Any, value: Any, out: Any, lse: Any, needs: tuple[bool, ...], backend: str | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        inputs = (x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out)
+        saved = (query, key, value, out, lse)
+        grads = torch.ops.sabmn_ext.attention_backward(grad_y, *inputs, *saved, needs, backend)
+        return tuple([grad for grad, need in zip(grads, needs, strict=True) if need])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[: _N_INPUTS + 1])
         ctx.needs = inputs[-2]
-        ctx.n_arguments = len(inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         arguments = ctx.saved_tensors  # grad_y and the ten inputs
         present = [t is not None for t in arguments]
 
-        def gradients(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            def attention(*inputs: Tensor) -> Tensor:
-                left = list(inputs)
-                full = [left.pop(0) if here else None for here in present[1:]]
-                names = ("b_query", "b_key", "b_value", "b_out")
-                return reference.self_attention2d(*full[:6], **dict(zip(names, full[6:], strict=True)))  # type: ignore
+        def attention(*inputs: Tensor) -> Tensor:
+            full: Any = _spread(inputs, present[1:])
+            return reference.self_attention2d(*full[:6], **dict(zip(_BIASES, full[6:], strict=True)))
 
-            grads = list(torch.func.vjp(attention, *inputs)[1](grad_y))
-            full = [grads.pop(0) if here else None for here in present[1:]]
-            return tuple([grad for grad, need in zip(full, ctx.needs, strict=True) if need and grad is not None])
+        def gradients(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            firsts = _spread(torch.func.vjp(attention, *inputs)[1](grad_y), present[1:])
+            return tuple([first for first, need in zip(firsts, ctx.needs, strict=True) if need and first is not None])
 
         with _no_autocast(arguments[0]):
-            second = list(torch.func.vjp(gradients, *[t for t in arguments if t is not None])[1](tuple(grads_out)))
-        full = [second.pop(0) if here else None for here in present]
-        return (*full, *[None] * (ctx.n_arguments - len(full)))
+            seconds = torch.func.vjp(gradients, *[t for t in arguments if t is not None])[1](grads)
+        return (*_spread(seconds, present), *[None] * 7)  # the saved five, needs, backend
 
 
-__all__ = ["attention_map", "self_attention2d"]
+def _spread(tensors: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor | None]:
+    """The tensors at the places where ``present``, None at the others."""
+    left = list(tensors)
+    return [left.pop(0) if here else None for here in present]
