@@ -15,7 +15,9 @@ SHAPES = [(1, 1), (3, 5), (7, 1, 3, 3), (1, 17), (65, 33), (130, 3, 5, 5), (31, 
 needs_native = pytest.mark.skipif(_native.module is None, reason=_native.missing_reason)
 
 
-def draw(shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def draw(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 

@@ -28,7 +28,7 @@ def spectral_norm(
     """``weight`` divided by σ = uᵀWv, after ``n_power_iterations`` updates of u and v. W is ``weight.flatten(1)``.
 
     Returns:
-        normalised weight (the shape of ``weight``), u [rows], v [columns], σ [] — u and v are constants of the gradient.
+        normalised weight (the shape of ``weight``), u [rows], v [columns], σ []; u and v are constants of the gradient.
     """
     matrix = weight.flatten(1)
     u, v = power_iteration(matrix.detach(), u, v, n_power_iterations, eps)

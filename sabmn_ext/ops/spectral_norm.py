@@ -40,7 +40,7 @@ def spectral_norm(
     """Divide every weight by its largest singular value, as estimated by power iteration.
 
     Args:
-        weights: tensors of one floating dtype on one device, each with two dimensions or more; W = ``weight.flatten(1)``.
+        weights: tensors of one floating dtype on one device, each of two dimensions or more; W = ``weight.flatten(1)``.
         u: [rows] each, left singular vectors so far, of unit length.
         v: [columns] each, right singular vectors so far.
         n_power_iterations: updates of u and v before σ is taken; 0 in eval mode.
@@ -70,8 +70,8 @@ def spectral_norm(
             )
         if any(t.dtype != first.dtype or t.device != first.device for t in (weight, left, right)):
             raise ValueError(
-                f"{name}, its u and v are {weight.dtype}, {left.dtype}, {right.dtype} on {weight.device}, {left.device}, "
-                f"{right.device}; expected {first.dtype} on {first.device}, as {names[0]}"
+                f"{name}, its u and v are {weight.dtype}, {left.dtype}, {right.dtype} on {weight.device}, "
+                f"{left.device}, {right.device}; expected {first.dtype} on {first.device}, as {names[0]}"
             )
         rows = weight.shape[0]
         if left.shape != (rows,) or right.shape != (weight.numel() // max(rows, 1),):
@@ -151,16 +151,17 @@ class _SpectralNormBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         n = ctx.count
-        gradients, weights, u, v = (ctx.saved_tensors[k * n : (k + 1) * n] for k in range(4))
+        saved = ctx.saved_tensors
+        gradients, weights, u, v = (saved[k * n : (k + 1) * n] for k in range(4))
         results: list[Tensor | None] = [None] * (2 * n)
         for i, cotangent in enumerate(cotangents):
             if cotangent is not None:
                 left, right = u[i], v[i]
-                _, pull_back = torch.func.vjp(
+                pull_back = torch.func.vjp(
                     lambda g, w, left=left, right=right: reference.spectral_norm_backward(g, w, left, right),
                     gradients[i],
                     weights[i],
-                )
+                )[1]
                 results[i], results[n + i] = pull_back(cotangent)
         return (None, None, *results, *[None] * (2 * n), None)
 
