@@ -18,6 +18,7 @@
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "spectral_norm/spectral_norm.h"
 
 namespace py = pybind11;
 
@@ -79,6 +80,42 @@ Function* for_isa(Function* const (&variants)[3]) {
 bool forked = false;
 
 int usable_threads(int threads) { return forked ? 1 : threads; }
+
+// ---- spectral normalisation ----
+
+using Addresses = std::vector<std::uintptr_t>;
+using Sizes = std::vector<std::int64_t>;
+
+int spectral_norm_forward(const Addresses& weights, const Addresses& u, const Addresses& v, const Addresses& normalized,
+                          const Addresses& u_new, const Addresses& v_new, const Sizes& rows, const Sizes& columns,
+                          std::uintptr_t sigma, int iterations, double eps, int dtype, int threads) {
+    std::vector<SpectralNormForwardMatrix> matrices;
+    matrices.reserve(weights.size());
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        matrices.push_back({pointer<const void>(weights[i]), pointer<const void>(u[i]), pointer<const void>(v[i]),
+                            pointer<void>(normalized[i]), pointer<void>(u_new[i]), pointer<void>(v_new[i]), rows[i],
+                            columns[i]});
+    }
+    py::gil_scoped_release release;
+    return for_isa(SABMN_VARIANTS(spectral_norm_forward))(matrices.data(), static_cast<std::int64_t>(matrices.size()),
+                                                          pointer<void>(sigma), iterations, eps,
+                                                          static_cast<DType>(dtype), usable_threads(threads));
+}
+
+int spectral_norm_backward(const Addresses& gradients, const Addresses& weights, const Addresses& u, const Addresses& v,
+                           const Addresses& weight_gradients, const Sizes& rows, const Sizes& columns,
+                           std::uintptr_t sigma, int dtype, int threads) {
+    std::vector<SpectralNormBackwardMatrix> matrices;
+    matrices.reserve(weights.size());
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        matrices.push_back({pointer<const void>(gradients[i]), pointer<const void>(weights[i]), pointer<const void>(u[i]),
+                            pointer<const void>(v[i]), pointer<void>(weight_gradients[i]), rows[i], columns[i]});
+    }
+    py::gil_scoped_release release;
+    return for_isa(SABMN_VARIANTS(spectral_norm_backward))(matrices.data(), static_cast<std::int64_t>(matrices.size()),
+                                                           pointer<const void>(sigma), static_cast<DType>(dtype),
+                                                           usable_threads(threads));
+}
 
 // ---- what was compiled ----
 
@@ -202,6 +239,8 @@ PYBIND11_MODULE(_sabmn_ext, m) {
 #ifdef SABMN_CUDA_TARGETS
     m.def("cuda_info", cuda_info);
 #endif
+    m.def("spectral_norm_forward", spectral_norm_forward);
+    m.def("spectral_norm_backward", spectral_norm_backward);
     m.def("isa", [] { return isa_names[static_cast<int>(chosen_isa)]; });
     define_attention(m);
     m.def("set_isa", set_isa, "Use one of build_info()['isas'] from now on; for tests and for comparing.");
