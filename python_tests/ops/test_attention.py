@@ -142,7 +142,8 @@ def test_output_and_gradients_of_random_sizes(repetition: int, seed: int) -> Non
 
     channels, projection = pick(2, 150), pick(0, 1)
     value_width = pick(1, 150) if projection else channels
-    sizes = (pick(1, 3), channels, pick(1, 20), pick(1, 20), pick(1, 150), value_width, pick(0, 1) == 1, projection == 1)
+    height, width, d, biases = pick(1, 20), pick(1, 20), pick(1, 150), pick(0, 1)
+    sizes = (pick(1, 3), channels, height, width, d, value_width, biases == 1, projection == 1)
     backend = "torch" if _native.module is None else "cpu"
     check([draw(sizes, 10 * seed + i, torch.float32) for i in range(3)], backend)
 
@@ -507,7 +508,7 @@ def test_autocast(compiled: bool, seed: int) -> None:
         ({"w_key": torch.zeros(2, 8, dtype=torch.float64)}, TypeError, "w_key has dtype torch.float64; expected"),
         ({"w_out": torch.zeros(8, 3, device="meta")}, ValueError, "w_out is on meta; expected cpu"),
         ({"b_key": torch.zeros(3)}, ValueError, r"b_key has shape \[3\]; expected \[2\]"),
-        ({"w_out": None, "w_value": torch.zeros(8, 8), "b_value": None}, ValueError, "b_out is given, but w_out is None"),
+        ({"w_out": None, "w_value": torch.zeros(8, 8), "b_value": None}, ValueError, "b_out is given, but w_out is"),
         ({"gamma": torch.zeros(2)}, ValueError, r"gamma is \[2\] torch.float32 on cpu; expected one float number"),
         ({"gamma": torch.zeros((), dtype=torch.int64)}, ValueError, "gamma is"),
     ],

@@ -105,7 +105,7 @@ class SelfAttention2d(nn.Module):
         return (y, attention_map(x, w_query, w_key, b_query=b_query, b_key=b_key)) if return_attention else y
 
     def load_sagan_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load the copied GAN module's weights: ``query_conv``, ``key_conv``, ``value_conv`` with biases, ``gamma`` [1].
+        """Load the copied GAN module's weights: ``query_conv``, ``key_conv``, ``value_conv``, ``gamma`` of shape [1].
 
         The block must have that module's form: ``SelfAttention2d(C, reduction, out_proj=False, bias=True)``. Weights
         that were spectrally normalised there (``weight_orig``, ``weight_u``, ``weight_v``) are divided by their σ,

@@ -127,8 +127,8 @@ def self_attention2d_backward(
     """The gradients of x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out, in blocks of queries.
 
     None where ``needs`` says that one is not wanted. With ``context = w_outᵀ grad_y`` gamma's gradient is
-    ``Σ context · out + Σ grad_y · b_out``: there is no division by gamma, which is 0 at the start. A key bias cancels in
-    the softmax: its gradient is 0.
+    ``Σ context · out + Σ grad_y · b_out``: there is no division by gamma, which is 0 at the start. A key bias cancels
+    in the softmax: its gradient is 0.
     """
     need_x, need_query, need_key, need_value, need_out, need_gamma, *need_bias = needs
     dtype = wide(x.dtype)
