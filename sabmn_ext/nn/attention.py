@@ -142,9 +142,6 @@ class SelfAttention2d(nn.Module):
             state_dict[f"{prefix}gamma"] = gamma.reshape(())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def extra_repr(self) -> str:
-        return "" if self.backend is None else f"backend={self.backend!r}"
-
 
 # ---- the hint for `out, attention = block(x)` ----
 #

@@ -43,12 +43,9 @@ def self_attention2d(
     w_out: Tensor | None,
     gamma: Tensor,
     *,
-    b_query: Tensor | None = None,
-    b_key: Tensor | None = None,
-    b_value: Tensor | None = None,
-    b_out: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
+    b_query: Tensor | None = None, b_key: Tensor | None = None, b_value: Tensor | None = None,
+    b_out: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Self-attention over the positions of a feature map, with its projections, scale and residual: ``y = γ·a + x``.
 
     ``query``, ``key`` and ``value`` are 1×1 convolutions of x; ``out_j = Σ_i softmax_i(key_i · query_j) value_i`` over
@@ -129,7 +126,7 @@ def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, bi
     ):
         if tensor is None:
             continue
-        given = tensor.shape[:-2] if tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3] == 1 else tensor.shape
+        given = tensor.shape[:2] if tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3] == 1 else tensor.shape
         if given != shape or given[0] == 0:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)} ({why})")
         if tensor.dtype != x.dtype:
@@ -172,22 +169,17 @@ def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool]) ->
     return [_empty_image(x), *outputs[1:]] if needs[0] else outputs
 
 
-def _native_inputs(
-    x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor]
-) -> tuple[dict[str, Any], Tensor]:
+def _native_inputs(x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor]) -> tuple[Any, Tensor]:
     """What both passes of the C++ kernel take, and the scratch memory, which must outlive the call."""
-    assert _native.module is not None
     threads, key_width, value_width = torch.get_num_threads(), saved[0].shape[1], saved[2].shape[1]
-    scratch = x.new_empty(threads * _native.module.attention_scratch(key_width, value_width))
-    addresses = _addresses(parameters)
+    scratch = x.new_empty(threads * _native.module.attention_scratch(key_width, value_width))  # type: ignore[union-attr]
     arguments = {
         "dtype": dispatch.DTYPE_CODES[x.dtype],
         "threads": threads,
         "sizes": (*x.shape, key_width, value_width),
-        "x": x.data_ptr(),
-        "x_strides": x.stride(),
-        "weights": addresses[:5],
-        "biases": addresses[5:],
+        "x": x.data_ptr(), "x_strides": x.stride(),
+        "weights": _addresses(parameters[:5]),
+        "biases": _addresses(parameters[5:]),
         "saved": _addresses(saved),
         "scratch": scratch.data_ptr(),
     }
@@ -239,13 +231,11 @@ def _native_backward(
     shared, _scratch = _native_inputs(x, parameters, saved)
     status = _native.module.attention_backward(
         **shared,
-        grad_y=grad_y.data_ptr(),
-        grad_y_strides=grad_y.stride(),
-        grad_x=grads[0].data_ptr() if needs[0] else 0,
-        grad_x_strides=grads[0].stride() if needs[0] else (0, 0, 0, 0),
+        grad_y=grad_y.data_ptr(), grad_y_strides=grad_y.stride(),
+        grad_x=grads[0].data_ptr() if needs[0] else 0, grad_x_strides=grads[0].stride() if needs[0] else (0, 0, 0, 0),
         gradients=_addresses([grad if need else None for grad, need in zip(grads[1:6], needs[1:6], strict=True)]),
         workspaces=_addresses([grad_query, grad_key, grad_value, context, row_term]),
-    )
+    )  # fmt: skip
     dispatch.check_status(status, "attention_backward", x)
     grads[7].zero_()  # a key bias cancels in the softmax
     for i, grad in ((6, grad_query), (8, grad_value)):
@@ -308,8 +298,7 @@ class _Attention(torch.autograd.Function):
         if grad_y is None:
             return (None,) * (_N_INPUTS + 1)
         needs = tuple(ctx.needs_input_grad[:_N_INPUTS])
-        wanted = list(_AttentionGradient.apply(grad_y, *ctx.saved_tensors, needs, ctx.backend))
-        return (*[wanted.pop(0) if need else None for need in needs], None)
+        return (*_spread(_AttentionGradient.apply(grad_y, *ctx.saved_tensors, needs, ctx.backend), needs), None)
 
 
 class _AttentionGradient(torch.autograd.Function):
