@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,7 @@
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "retrieval/retrieval.h"
 
 namespace py = pybind11;
 
@@ -78,6 +80,43 @@ bool forked = false;
 
 int usable_threads(int threads) { return forked ? 1 : threads; }
 
+// ---- retrieval ----
+
+// (address, rows, columns, row stride, column stride) and a dtype code.
+using MatrixFields = std::array<std::int64_t, 5>;
+
+Matrix matrix_of(const MatrixFields& fields, int dtype) {
+    return {pointer<void>(fields[0]), fields[1], fields[2], fields[3], fields[4], static_cast<DType>(dtype)};
+}
+
+Matches matches_of(const std::array<std::uintptr_t, 6>& addresses) {
+    return {pointer<std::int64_t>(addresses[0]), pointer<std::int64_t>(addresses[1]), pointer<std::int64_t>(addresses[2]),
+            pointer<double>(addresses[3]),       pointer<std::int64_t>(addresses[4]), pointer<std::int64_t>(addresses[5])};
+}
+
+int call_pair_distances(const MatrixFields& query, const MatrixFields& gallery, int dtype, std::uintptr_t query_indices,
+                        std::uintptr_t gallery_indices, std::int64_t num_pairs, int metric, std::uintptr_t distances,
+                        std::uintptr_t workspace, int threads) {
+    return for_isa(SABMN_VARIANTS(pair_distances))(
+        matrix_of(query, dtype), matrix_of(gallery, dtype), pointer<std::int64_t>(query_indices),
+        pointer<std::int64_t>(gallery_indices), num_pairs, static_cast<Metric>(metric), pointer<double>(distances),
+        {1, 1, pointer<double>(workspace), usable_threads(threads)});
+}
+
+int call_count_nonmatches(const MatrixFields& query, const MatrixFields& gallery, int dtype,
+                          const std::array<std::uintptr_t, 6>& matches, int metric, std::int64_t query_rows,
+                          std::int64_t gallery_rows, std::uintptr_t workspace, int threads) {
+    return for_isa(SABMN_VARIANTS(count_nonmatches))(
+        matrix_of(query, dtype), matrix_of(gallery, dtype), matches_of(matches), static_cast<Metric>(metric),
+        {query_rows, gallery_rows, pointer<double>(workspace), usable_threads(threads)});
+}
+
+int call_count_nonmatches_in_rows(const MatrixFields& rows, int dtype, const std::array<std::uintptr_t, 6>& matches,
+                                  int threads) {
+    return for_isa(SABMN_VARIANTS(count_nonmatches_in_rows))(matrix_of(rows, dtype), matches_of(matches),
+                                                             usable_threads(threads));
+}
+
 // ---- what was compiled ----
 
 py::dict build_info() {
@@ -136,6 +175,11 @@ PYBIND11_MODULE(_sabmn_ext, m) {
 #ifdef SABMN_CUDA_TARGETS
     m.def("cuda_info", cuda_info);
 #endif
+    m.def("rank_workspace", rank_workspace);
+    m.def("pair_distances", call_pair_distances, py::call_guard<py::gil_scoped_release>());
+    m.def("count_nonmatches", call_count_nonmatches, py::call_guard<py::gil_scoped_release>());
+    m.def("count_nonmatches_in_rows", call_count_nonmatches_in_rows, py::call_guard<py::gil_scoped_release>());
+
     m.def("isa", [] { return isa_names[static_cast<int>(chosen_isa)]; });
     m.def("set_isa", set_isa, "Use one of build_info()['isas'] from now on; for tests and for comparing.");
     if (const char* asked = std::getenv("SABMN_ISA")) set_isa(asked);
