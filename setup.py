@@ -29,7 +29,7 @@ ISAS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["basel
 EXTRA_FLAGS = {"retrieval": ["-ffp-contract=off"]}
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
-# "compute_N" is PTX, which newer GPUs compile when they load it. sm_103 is left out: nvcc is known to miscompile for it.
+# "compute_N" is PTX, which newer GPUs compile when they load it. No sm_103: nvcc is known to miscompile for it.
 CUDA_TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_80", "compute_120"]
 CUDA_WHEELS = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"
 CUDA_MODE = os.environ.get("SABMN_CUDA", "auto")

@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def assert_close_to_float64(ours: Tensor, plain: Tensor, reference: Tensor) -> None:
-    """``ours`` may be as far from the float64 ``reference`` as ``plain`` torch at the same precision is, and little more.
+    """``ours`` may be as far from the float64 ``reference`` as ``plain`` torch at the same precision, and little more.
 
-    max|ours − ref| ≤ 3·max|plain − ref| + 2·max(eps, 5e-6)·(1 + max|ref|), where eps is that of ours' dtype (5e-6 does not
-    apply to float64); and the RMS error ≤ 1.5 × plain torch's where that is above rounding.
+    max|ours − ref| ≤ 3·max|plain − ref| + 2·max(eps, 5e-6)·(1 + max|ref|), where eps is that of ours' dtype (5e-6 does
+    not apply to float64); and the RMS error ≤ 1.5 × plain torch's where that is above rounding.
     """
     assert ours.shape == reference.shape, f"shape {list(ours.shape)}, expected {list(reference.shape)}"
     assert ours.dtype == plain.dtype, f"dtype {ours.dtype}, expected {plain.dtype}"

@@ -1,8 +1,8 @@
 """Which backend serves an operation: the compiled or Triton GPU kernels, the C++ CPU kernels, or plain torch.
 
-``auto`` takes the first backend of ``BACKENDS`` that can serve the device, the dtype and the shape. The environment
-variable ``SABMN_BACKEND`` or an argument ``backend=`` asks for one by name; one that cannot serve is then an error, never a
-silent fallback. What ran is recorded: see ``record``.
+``auto`` takes the first backend of ``BACKENDS`` that can serve the device and the dtype. The environment variable
+``SABMN_BACKEND`` or an argument ``backend=`` asks for one by name; one that cannot serve is an error, never a silent
+fallback. What ran is recorded: see ``record``.
 """
 
 import os
@@ -63,7 +63,7 @@ def choose(operation: str, backend: str | None, device: torch.device, dtype: tor
 
     Args:
         operation: a registered name.
-        backend: one of ``BACKENDS``, ``"auto"``, or None for what ``SABMN_BACKEND`` says (``auto`` where it is not set).
+        backend: one of ``BACKENDS``, ``"auto"``, or None for what ``SABMN_BACKEND`` says (auto where it is not set).
 
     Raises:
         ValueError: an unknown backend.

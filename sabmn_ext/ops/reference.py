@@ -3,8 +3,46 @@
 The kernels are tested against these functions in float64, and an operation falls back to them where no kernel serves.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
+
+# ---- spectral normalisation (Miyato et al., 2018; the order of torch's parametrization) ----
+
+
+def power_iteration(matrix: Tensor, u: Tensor, v: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    """``iterations`` times u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖, without a gradient.
+
+    Args:
+        matrix: W, [rows, columns]. u: [rows]. v: [columns]. eps: the smallest length that is divided by.
+    """
+    with torch.no_grad():
+        for _ in range(iterations):
+            u = torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps)
+            v = torch.nn.functional.normalize(torch.mv(matrix.t(), u), dim=0, eps=eps)
+        return u.clone(), v.clone()
+
+
+def spectral_norm(
+    weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int = 1, eps: float = 1e-12
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``weight`` divided by σ = uᵀWv, after ``n_power_iterations`` updates of u and v. W is ``weight.flatten(1)``.
+
+    Returns:
+        normalised weight (the shape of ``weight``), u [rows], v [columns], σ []; u and v are constants of the gradient.
+    """
+    matrix = weight.flatten(1)
+    u, v = power_iteration(matrix.detach(), u, v, n_power_iterations, eps)
+    sigma = torch.dot(u, torch.mv(matrix, v))
+    return weight / sigma, u, v, sigma
+
+
+def spectral_norm_backward(gradient: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """dW = (G − ⟨G, W⟩/σ · u vᵀ)/σ for the gradient G of the normalised weight; σ = uᵀWv with constant u and v."""
+    matrix, g = weight.flatten(1), gradient.flatten(1)
+    sigma = torch.dot(u, torch.mv(matrix, v))
+    return ((g - (g * matrix).sum() / sigma * torch.outer(u, v)) / sigma).view_as(weight)
 
 
 # ---- retrieval: distances in float64 in a fixed order, and ranks by counting ----
@@ -16,8 +54,8 @@ _BLOCK_ELEMENTS = 1 << 22  # bounds the temporaries below, 32 MB each in float64
 def _lane_sum(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
     """Σ (q − g)² (``"euclidean"``) or Σ q·g (``"cosine"``) over the last dimension, in float64; the others broadcast.
 
-    Element k goes to lane k mod 16, in the order of k; the 16 lane sums are then added in a tree. Every product and every
-    sum is rounded on its own, so that any machine that keeps to this order gets the same bits.
+    Element k goes to lane k mod 16, in the order of k; the 16 lane sums are then added in a tree. Every product and
+    every sum is rounded on its own, so that any machine that keeps to this order gets the same bits.
     """
     shape = torch.broadcast_shapes(query.shape[:-1], gallery.shape[:-1])
     lanes = torch.zeros(*shape, NUM_LANES, dtype=torch.float64, device=query.device)
@@ -73,8 +111,8 @@ def count_nonmatches(
 ) -> Tensor:
     """For every true match, how many valid non-matches come before it in its query's ranking.
 
-    A non-match is valid unless its pid is −1. Item a comes before item b if (distance, gallery index) is smaller. The rank
-    of a query's m-th true match (from 1) is m plus this count.
+    A non-match is valid unless its pid is −1. Item a comes before item b if (distance, gallery index) is smaller. The
+    rank of a query's m-th true match (from 1) is m plus this count.
 
     Args:
         query: [Q, D]; gallery: [G, D].
@@ -111,8 +149,7 @@ def count_nonmatches_in_rows(
 ) -> Tensor:
     """``count_nonmatches`` for given distances ``rows`` [Q, G] in any floating dtype; compared as float64."""
     counts = torch.empty_like(indices)
-    bounds = offsets.tolist()
-    for q, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for q, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
         valid = ((gallery_pids != query_pids[q]) & (gallery_pids != -1)).nonzero()[:, 0]
         row = rows[q, valid].double()
         block = max(1, _BLOCK_ELEMENTS // max(1, len(valid)))

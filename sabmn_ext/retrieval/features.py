@@ -25,19 +25,25 @@ def extract_features(
     precision: str = "fp32",
     on_error: str = "stop",
     progress: bool = True,
-) -> tuple[Tensor, list[int]]:
-    """The features of the images, and which images they are.
+    indices: list[int] | None = None,
+) -> Tensor:
+    """The features of images.
 
     Args:
-        model: maps float32 [B, 3, height, width] to [B, D]; put in eval mode on ``device``'s behalf and restored.
+        model: maps float32 [B, 3, height, width] to [B, D], on ``device``; in eval mode meanwhile, then as it was.
         records: the images.
         flip: average the features of each image and its mirror image.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast).
         on_error: ``"stop"`` raises at an unreadable image, ``"skip"`` leaves it out.
         progress: a progress bar on stderr.
+        indices: takes up the indices into ``records`` of the images whose features are returned; needed with ``"skip"``.
 
     Returns:
-        float32 [n, D] on the CPU, and the n indices into ``records``; all of them but for skipped images.
+        float32 [n, D] on the CPU, in the order of ``records``.
+
+    Raises:
+        UnreadableImageError: an image cannot be read; names the file.
+        ValueError: an unknown precision, no images, or none that can be read.
     """
     from tqdm import tqdm
 
@@ -49,7 +55,7 @@ def extract_features(
     dtype = PRECISIONS[precision]
     training = {module: module.training for module in model.modules()}
     parts: list[Tensor] = []
-    kept: list[int] = []
+    kept = indices if indices is not None else []
     model.eval()
     try:
         batches = image_batches(
@@ -60,17 +66,17 @@ def extract_features(
             torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
             tqdm(total=len(records), unit="image", desc="features", disable=not progress, leave=False) as bar,
         ):
-            for images, indices in batches:
+            for images, batch_indices in batches:
                 images = images.to(device)
                 features = model(images).float()
                 if flip:
                     features = (features + model(images.flip(3)).float()) / 2
                 parts.append(features.cpu())
-                kept += indices
-                bar.update(len(indices))
+                kept += batch_indices
+                bar.update(len(batch_indices))
     finally:
         for module, mode in training.items():
             module.training = mode
     if not parts:
         raise ValueError(f"none of the {len(records)} images could be read" if records else "there are no images")
-    return torch.cat(parts), kept
+    return torch.cat(parts)
