@@ -160,7 +160,7 @@ def draw_figure(person: Person, facing: int, phase: float, stride: float) -> Ima
     draw = ImageDraw.Draw(canvas)
     cx, foot, tall = _W / 2, 248.0, 236.0 * person.height
     side, turn = facing >= 2, (-1.0 if facing == 2 else 1.0)
-    wide = person.width * tall * (0.62 if side else 1.0)
+    wide = 1.18 * person.width * tall * (0.72 if side else 1.0)
     bob = 0.012 * tall * abs(math.sin(phase)) * stride
 
     def y(fraction: float) -> float:  # 0 at the crown, 1 at the soles
@@ -176,7 +176,7 @@ def draw_figure(person: Person, facing: int, phase: float, stride: float) -> Ima
 
     swing = 0.5 * stride * math.sin(phase)
     shoulder, hip = 0.104 * wide, 0.086 * wide
-    arm_thick, leg_thick = 0.046 * tall * person.width, 0.066 * tall * person.width
+    arm_thick, leg_thick = 0.055 * tall * person.width, 0.078 * tall * person.width
 
     def leg(sign: float, shade: float) -> None:
         root = (cx + (0 if side else sign * hip * 0.55), y(0.53))
@@ -289,7 +289,7 @@ def _scene(camera: int) -> Image.Image:
     else:  # windows, doors, posts, trees: upright rectangles of any colour
         for _ in range(26):
             x, top = int(rng.integers(0, w)), int(rng.integers(-40, horizon - 20))
-            base = _choice(rng, PALETTE) if rng.random() < 0.4 else wall
+            base = _choice(rng, PALETTE) if rng.random() < 0.12 else wall
             size = (int(rng.integers(8, 44)), int(rng.integers(20, 110)))
             box = (x, top, x + size[0], min(top + size[1], horizon))
             draw.rectangle(box, fill=_shade(base, rng.uniform(0.6, 1.15)))
@@ -307,7 +307,7 @@ def _scene(camera: int) -> Image.Image:
     if kind == "fence":
         for x in range(0, w, 18):
             draw.line((x, 60, x, horizon + 30), fill=(60, 62, 66), width=4)
-    return scene.filter(ImageFilter.GaussianBlur(1.2))
+    return scene.filter(ImageFilter.GaussianBlur(2.0))
 
 
 def _project(figure: Image.Image, camera: Camera, scale: float, dx: float, dy: float) -> Image.Image:
@@ -342,7 +342,7 @@ def draw_image(person: Person | None, camera_index: int, facing: int, rng: np.ra
         add(draw_attributes(rng), int(rng.integers(4)), scale, dx, dy)
 
     aside = float(rng.choice((-1, 1)))
-    if rng.random() < 0.15:
+    if rng.random() < 0.10:
         somebody(rng.uniform(0.5, 0.8), aside * rng.uniform(35, 60), rng.uniform(-50, -10))
     if person is not None:
         add(person, facing, rng.uniform(0.94, 1.05), rng.uniform(-6, 6), rng.uniform(-5, 5))
