@@ -1,4 +1,4 @@
-"""``python -m sabmn_ext.evaluate``: score a checkpoint on a data set, or anyone's features, by the rules of Market-1501."""
+"""``python -m sabmn_ext.evaluate``: score a checkpoint on a data set, or features, by Market-1501's rules."""
 
 import argparse
 import json
