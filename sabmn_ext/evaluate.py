@@ -89,7 +89,9 @@ def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
     path = args.data or config["data"]["path"]
     if path is None:
         raise ValueError("the checkpoint names no data set; give --data PATH")
-    data = load_data(path, format=args.format or ("auto" if args.data else config["data"]["format"]))
+    trained_on = {"format": "auto", "cameras": True} if args.data else config["data"]
+    cameras = trained_on["cameras"] and not args.no_camera_rule
+    data = load_data(path, format=args.format or trained_on["format"], cameras=cameras)
     for note in data.notes:
         print(note)
     args.metric = args.metric or config["evaluation"]["metric"]
