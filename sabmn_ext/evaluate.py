@@ -1,4 +1,4 @@
-"""``python -m sabmn_ext.evaluate``: score a checkpoint on a data set, or anyone's features, by the rules of Market-1501."""
+"""``python -m sabmn_ext.evaluate``: score a checkpoint on a data set, or features, by Market-1501's rules."""
 
 import argparse
 import json
@@ -89,7 +89,9 @@ def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
     path = args.data or config["data"]["path"]
     if path is None:
         raise ValueError("the checkpoint names no data set; give --data PATH")
-    data = load_data(path, format=args.format or ("auto" if args.data else config["data"]["format"]))
+    trained_on = {"format": "auto", "cameras": True} if args.data else config["data"]
+    cameras = trained_on["cameras"] and not args.no_camera_rule
+    data = load_data(path, format=args.format or trained_on["format"], cameras=cameras)
     for note in data.notes:
         print(note)
     args.metric = args.metric or config["evaluation"]["metric"]

@@ -73,8 +73,8 @@ def _check(query: Tensor, gallery: Tensor, metric: str, int64s: tuple[Tensor, ..
         )
     if metric not in METRICS:
         raise ValueError(f"metric '{metric}' is unknown; expected one of {', '.join(METRICS)}")
-    if not all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in int64s):
-        raise TypeError("pids, offsets and indices must be contiguous and int64")
+    if not all(tensor.dtype == torch.int64 for tensor in int64s):
+        raise TypeError("pids, offsets and indices must be int64")
 
 
 def _check_indices(name: str, indices: Tensor, size: int) -> None:
@@ -104,6 +104,7 @@ def _pair_distances(
     _check_indices("gallery_indices", gallery_indices, len(gallery))
     if query_indices.shape != gallery_indices.shape:
         raise ValueError(f"{len(query_indices)} query_indices but {len(gallery_indices)} gallery_indices")
+    query_indices, gallery_indices = query_indices.contiguous(), gallery_indices.contiguous()
     distances = torch.empty(len(query_indices), dtype=torch.float64)
     workspace = _workspace(1, 1, query.shape[1])  # by name: it must live until the call returns
     status = _native.module.pair_distances(
@@ -140,7 +141,7 @@ def _count_nonmatches(
     metric: str,
     backend: str | None,
 ) -> Tensor:
-    matches = (query_pids, gallery_pids, offsets, distances, indices)
+    matches: tuple[Tensor, ...] = (query_pids, gallery_pids, offsets, distances, indices)
     _check(gallery if query is None else query, gallery, metric, (query_pids, gallery_pids, offsets, indices))
     if dispatch.choose("count_nonmatches", backend, gallery.device, gallery.dtype) == "torch":
         if query is None:
@@ -149,11 +150,12 @@ def _count_nonmatches(
     assert _native.module is not None
     rows, columns = gallery.shape if query is None else (len(query), len(gallery))
     lengths = (rows, columns, rows + 1, len(indices), len(indices))
-    if tuple(map(len, matches)) != lengths or distances.dtype != torch.float64 or not distances.is_contiguous():
-        raise ValueError(f"pids, offsets, distances (contiguous float64) and indices must have lengths {lengths}")
+    if tuple(map(len, matches)) != lengths or distances.dtype != torch.float64:
+        raise ValueError(f"pids, offsets, distances (float64) and indices must have lengths {lengths}")
     if int(offsets[0]) != 0 or int(offsets[-1]) != len(indices) or bool((offsets.diff() < 0).any()):
         raise ValueError("offsets must ascend from 0 to the number of matches")
-    counts, threads = torch.empty_like(indices), torch.get_num_threads()
+    matches = tuple(tensor.contiguous() for tensor in matches)
+    counts, threads = torch.empty(len(indices), dtype=torch.int64), torch.get_num_threads()
     fields = [tensor.data_ptr() for tensor in (*matches, counts)]
     dtype = dispatch.DTYPE_CODES[gallery.dtype]
     if query is None:
@@ -183,4 +185,4 @@ def _(query, gallery, query_indices, gallery_indices, metric, backend):  # type:
 
 @torch.library.register_fake("sabmn_ext::count_nonmatches", lib=_library)
 def _(query, gallery, query_pids, gallery_pids, offsets, distances, indices, metric, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(indices)
+    return indices.new_empty(indices.shape)

@@ -22,20 +22,19 @@ class Side:
 
 
 def pick_queries(ap: np.ndarray, pids: np.ndarray, count: int = 2) -> dict[int, str]:
-    """``count`` queries each with the best, the median and the worst AP, of different identities where there are enough.
+    """The queries with the best, the median and the worst AP, ``count`` each, all of different identities.
 
-    Returns query index → "best", "median" or "worst", in the order of falling AP; queries without AP (NaN) are left out.
+    Returns:
+        query index → "best", "median" or "worst", in the order of falling AP; fewer where there are fewer identities.
     """
-    order = np.argsort(-ap, kind="stable")[: int((~np.isnan(ap)).sum())]
-    middle = order[np.argsort(np.abs(np.arange(len(order)) - (len(order) - 1) / 2), kind="stable")]
-    picked: dict[int, str] = {}
+    order = np.argsort(-ap, kind="stable")[: int((~np.isnan(ap)).sum())]  # NaN (no valid match) comes last
+    middle = order[np.argsort(np.abs(np.arange(len(order)) - len(order) // 2), kind="stable")]
+    titles: dict[int, str] = {}
     for title, candidates in (("best", order), ("worst", order[::-1]), ("median", middle)):
-        seen = {pids[q] for q in picked}
-        fresh = [q for q in candidates if not (pids[q] in seen or seen.add(pids[q]))]  # type: ignore[func-returns-value]
-        rest = [q for q in candidates if q not in fresh]
-        chosen = [int(q) for q in fresh + rest if int(q) not in picked][:count]
-        picked |= dict.fromkeys(chosen, title)
-    return {int(q): picked[int(q)] for q in order if int(q) in picked}
+        for q in candidates:
+            if pids[q] not in {pids[other] for other in titles} and list(titles.values()).count(title) < count:
+                titles[int(q)] = title
+    return {int(q): titles[q] for q in order if q in titles}
 
 
 def nearest(query: Side, gallery: Side, index: int, k: int, metric: str) -> tuple[list[int], list[float]]:
@@ -63,7 +62,13 @@ def draw_ranked(
     k: int = 10,
     height: int = 128,
 ) -> None:
-    """Write the picture: for each query of ``titles`` its first ``k`` valid gallery images, green where the pid agrees."""
+    """Write the picture: for each query of ``titles`` its first ``k`` valid gallery images, green where the pid agrees.
+
+    Args:
+        titles: query index → what stands under it (``pick_queries``).
+        ap: [Q] the queries' average precision.
+        height: of an image in pixels; the width is half of it.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     if query.paths is None or gallery.paths is None:

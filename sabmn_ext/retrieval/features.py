@@ -36,7 +36,7 @@ def extract_features(
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast).
         on_error: ``"stop"`` raises at an unreadable image, ``"skip"`` leaves it out.
         progress: a progress bar on stderr.
-        indices: takes up the indices into ``records`` of the images whose features are returned; needed with ``"skip"``.
+        indices: takes up the index into ``records`` of each row that is returned; needed with ``"skip"``.
 
     Returns:
         float32 [n, D] on the CPU, in the order of ``records``.

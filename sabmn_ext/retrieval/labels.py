@@ -11,26 +11,35 @@ _BLOCK_MATCHES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Labels:
-    """The labels of both sides.
+class MatchLists:
+    """The true matches of consecutive queries."""
 
-    For a query the gallery drops the items with its pid and its camera, and those with pid −1; all else stays. pid 0 is a
-    pid like any other. A query with pid −1 has no match, since every gallery item with its pid is dropped.
+    queries: slice
+    indices: np.ndarray  # [M] gallery indices, one query after the other, ascending for each
+    num_matches: np.ndarray  # [queries]
+    num_valid: np.ndarray  # [queries] gallery items that stay
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of both sides, int64.
+
+    For a query the gallery drops the items with its pid and its camera, and those with pid −1; all else stays. pid 0 is
+    a pid like any other. A query with pid −1 has no match, since every gallery item with its pid is dropped.
     """
 
-    query_pids: np.ndarray  # [Q] int64
-    gallery_pids: np.ndarray  # [G] int64
-    query_camids: np.ndarray | None  # [Q] int64; None: the camera rule is off
-    gallery_camids: np.ndarray | None  # [G] int64
+    query_pids: np.ndarray  # [Q]
+    gallery_pids: np.ndarray  # [G]
+    query_camids: np.ndarray | None  # [Q]; None: the camera rule is off
+    gallery_camids: np.ndarray | None  # [G]
     exclude_self: bool  # query i is gallery item i, and is dropped for itself
 
     def __post_init__(self) -> None:
         if len(self.query_pids) == 0 or len(self.gallery_pids) == 0:
-            side = "queries" if len(self.query_pids) == 0 else "gallery items"
-            raise ValueError(f"there are no {side}")
+            raise ValueError(f"there are no {'gallery items' if len(self.query_pids) else 'queries'}")
         if (self.query_camids is None) != (self.gallery_camids is None):
             raise ValueError(
-                "only one of query_camids and gallery_camids is given; give both, or neither to switch the camera rule off"
+                "one of query_camids and gallery_camids is missing; give both, or neither (no camera rule)"
             )
         if self.exclude_self and not np.array_equal(self.query_pids, self.gallery_pids):
             raise ValueError("exclude_self: query i must be gallery item i, but query_pids and gallery_pids differ")
@@ -41,59 +50,47 @@ class Labels:
         order = np.argsort(self.gallery_pids, kind="stable")
         return self.gallery_pids[order], order
 
-    def match_lists(self, first: int, last: int) -> "Iterator[MatchLists]":
-        """The true matches of the queries first … last − 1, in blocks of consecutive queries."""
-        sorted_pids = self._by_pid[0]
-        pids = self.query_pids[first:last]
+    def match_lists(self, first: int, last: int) -> Iterator[MatchLists]:
+        """The true matches of the queries first … last − 1, in blocks."""
+        pids, sorted_pids = self.query_pids[first:last], self._by_pid[0]
         group = np.searchsorted(sorted_pids, pids, side="left")
         size = np.where(pids == -1, 0, np.searchsorted(sorted_pids, pids, side="right") - group)
         ends = np.cumsum(size)
         start = 0
         while start < len(pids):
-            before = ends[start] - size[start]
-            stop = max(start + 1, int(np.searchsorted(ends, before + _BLOCK_MATCHES, side="right")))
+            limit = ends[start] - size[start] + _BLOCK_MATCHES
+            stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
             yield self._match_list(first + start, group[start:stop], size[start:stop])
             start = stop
 
-    def _match_list(self, first: int, group: np.ndarray, size: np.ndarray) -> "MatchLists":
-        order = self._by_pid[1]
+    def _match_list(self, first: int, group: np.ndarray, size: np.ndarray) -> MatchLists:
         query_of = np.repeat(np.arange(len(size)), size)
         # Item j of a query's pid stands at group + j; j counts from 0 for every query.
         j = np.arange(len(query_of)) - (np.cumsum(size) - size)[query_of]
-        candidates = order[group[query_of] + j]
-        keep = np.ones(len(candidates), dtype=bool)
+        items = self._by_pid[1][group[query_of] + j]
+        keep = np.ones(len(items), dtype=bool)
         if self.query_camids is not None and self.gallery_camids is not None:
-            keep = self.query_camids[first + query_of] != self.gallery_camids[candidates]
+            keep = self.query_camids[first + query_of] != self.gallery_camids[items]
         if self.exclude_self:
-            keep &= candidates != first + query_of
+            keep &= items != first + query_of
         num_matches = np.bincount(query_of[keep], minlength=len(size))
-        num_kept = int((self.gallery_pids != -1).sum())
-        return MatchLists(first, candidates[keep], num_matches, num_kept - size + num_matches)
+        num_valid = int((self.gallery_pids != -1).sum()) - size + num_matches
+        return MatchLists(slice(first, first + len(size)), items[keep], num_matches, num_valid)
 
     def why_no_match(self) -> str:
         """Why no query has a valid match, and the way out."""
         kept = self.gallery_pids[self.gallery_pids != -1]
+        met = np.isin(self.query_pids, kept)
         if len(kept) == 0:
             return "every gallery item has pid −1 (junk)"
-        met = np.isin(self.query_pids, kept)
         if not met.any():
             some = [", ".join(map(str, np.unique(pids)[:3])) for pids in (self.query_pids, kept)]
-            return f"the pids do not meet: queries have {some[0]} …, the gallery has {some[1]} …"
+            return f"their pids do not meet (queries: {some[0]} …; gallery: {some[1]} …)"
         if self.query_camids is None or self.gallery_camids is None:
             return "every pid has one item only, which exclude_self drops"
-        cameras = np.union1d(self.query_camids, self.gallery_camids)
-        seen = "there is one camera only" if len(cameras) == 1 else f"there are {len(cameras)} cameras"
+        cameras = len(np.union1d(self.query_camids, self.gallery_camids))
         return (
-            f"{int(met.sum())} of {len(met)} queries have their pid in the gallery, but only under their own camera, and the "
-            f"camera rule drops those ({seen}). To switch the rule off pass no camids (command line: --no-camera-rule)"
+            f"the pids of {int(met.sum())} of {len(met)} queries are in the gallery, but only under the query's own "
+            f"camera ({'there is one' if cameras == 1 else f'there are {cameras}'}), and the camera rule drops those. "
+            "To switch the rule off pass no camids (command line: --no-camera-rule)"
         )
-
-
-@dataclass(frozen=True)
-class MatchLists:
-    """The true matches of consecutive queries."""
-
-    first: int  # the first query
-    indices: np.ndarray  # [M] gallery indices, one query after the other, ascending for each
-    num_matches: np.ndarray  # [queries]
-    num_valid: np.ndarray  # [queries] gallery items that stay
