@@ -1,7 +1,7 @@
 """Self-attention over a feature map, y = γ·a + x, as one operation: schema, checks, dispatch, autograd.
 
-The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020). Private
-operations do one pass each and have no gradient of their own::
+The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020).
+Private operations do one pass each and have no gradient of their own::
 
     self_attention2d → _Attention → sabmn_ext::attention_forward
                             ↓ backward
@@ -58,12 +58,12 @@ def self_attention2d(
 ) -> Tensor:
     """Self-attention over the positions of a feature map, with its projections, scale and residual: ``y = γ·a + x``.
 
-    ``query``, ``key`` and ``value`` are 1×1 convolutions of x; ``out_j = Σ_i softmax_i(key_i · query_j) value_i`` over the N = H·W
-    positions, unscaled; ``a = w_out out + b_out``.
+    ``query``, ``key`` and ``value`` are 1×1 convolutions of x; ``out_j = Σ_i softmax_i(key_i · query_j) value_i`` over
+    the N = H·W positions, unscaled; ``a = w_out out + b_out``.
 
     Args:
-        x: ``[B, C, H, W]``, any strides. float32 and float64 have a C++ kernel on the CPU; every other float dtype and device runs
-            in plain torch. The N×N map is stored nowhere, except by second derivatives, which hold O(B·N²).
+        x: ``[B, C, H, W]``, any strides. float32 and float64 have a C++ kernel on the CPU; every other float dtype and
+            device runs in plain torch. The N×N map is stored nowhere, except by second derivatives: O(B·N²).
         w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
         w_value: ``[value width, C]``.
         w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.
@@ -72,8 +72,8 @@ def self_attention2d(
         backend: ``cuda``, ``triton``, ``cpu``, ``torch``, or None / ``auto`` for the first of them that can.
 
     Returns:
-        ``[B, C, H, W]`` in x's memory format and dtype. Under autocast x, weights and biases are cast to autocast's dtype and y has
-        that dtype (float64 is left alone, as torch does).
+        ``[B, C, H, W]`` in x's memory format and dtype. Under autocast x, weights and biases are cast to autocast's
+        dtype and y has that dtype (float64 is left alone, as torch does).
 
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit; names the argument.
@@ -94,7 +94,7 @@ def self_attention2d(
 def attention_map(
     x: Tensor, w_query: Tensor, w_key: Tensor, *, b_query: Tensor | None = None, b_key: Tensor | None = None
 ) -> Tensor:
-    """The map ``[B, N, N]`` itself, rows j summing to 1 over i, in plain torch; at least float32. Arguments as above."""
+    """The map ``[B, N, N]`` itself, rows j summing to 1 over i, in plain torch and at least float32."""
     x, weights, biases = _cast(x, [w_query, w_key], [b_query, b_key])
     _check(x, [*weights, None, None], None, [*biases, None, None])
     with _no_autocast(x):
@@ -144,7 +144,7 @@ def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, bi
             convolution = f" or {[*shape, 1, 1]}" if len(shape) == 2 else ""
             raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}{convolution} ({why})")
         if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}, as x: convert one, or use torch.autocast")
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}, as x (or use torch.autocast)")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
     if biases[3] is not None and w_out is None:
@@ -153,7 +153,7 @@ def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, bi
         if gamma.dim() > 1 or gamma.numel() != 1:
             raise ValueError(f"gamma has shape {list(gamma.shape)}; expected one number, of shape [] or [1]")
         if not gamma.is_floating_point() or gamma.device != x.device:
-            raise TypeError(f"gamma is {gamma.dtype} on {gamma.device}; expected a float number on {x.device}, where x is")
+            raise TypeError(f"gamma is {gamma.dtype} on {gamma.device}; expected a float on {x.device}, where x is")
 
 
 # ---- the operations ----
@@ -188,10 +188,7 @@ def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool]) ->
 def _native_inputs(
     x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor]
 ) -> tuple[dict[str, Any], Tensor]:
-    """The arguments that both passes of the C++ kernel share, and the scratch memory that must live as long as the call.
-
-    ``parameters`` are contiguous.
-    """
+    """What both passes of the C++ kernel take, and the scratch memory, which must outlive the call."""
     assert _native.module is not None
     threads, key_width, value_width = torch.get_num_threads(), saved[0].shape[1], saved[2].shape[1]
     scratch = x.new_empty(threads * _native.module.attention_scratch(key_width, value_width))
@@ -233,14 +230,13 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, saved, (needs, backend) = arguments[:_N_INPUTS], arguments[_N_INPUTS:-2], arguments[-2:]
-    x, w_out, gamma, b_out = inputs[0], inputs[4], inputs[5], inputs[9]
+    x = inputs[0]
     if dispatch.choose("attention_backward", backend, x.device, x.dtype) == "cpu":
         return _native_backward(grad_y, x, inputs[1:], saved, needs)
     with torch.no_grad(), _no_autocast(x):
-        grads = reference.self_attention2d_backward(grad_y, *inputs[:4], w_out, gamma, *saved, b_out=b_out, needs=needs)
-        if grads[0] is not None:
-            grads[0] = _empty_image(x).copy_(grads[0])
-        return tuple(x.new_empty(0) if grad is None else grad.contiguous() if i else grad for i, grad in enumerate(grads))
+        wanted = reference.self_attention2d_backward(grad_y, *inputs[:6], *saved, b_out=inputs[9], needs=needs)
+        grads = [x.new_empty(0) if grad is None else grad.contiguous() for grad in wanted]
+        return (_empty_image(x).copy_(grads[0]) if needs[0] else grads[0], *grads[1:])
 
 
 def _native_backward(
@@ -249,13 +245,11 @@ def _native_backward(
     assert _native.module is not None
     parameters = [None if t is None else t.contiguous() for t in parameters]
     grads = _gradient_outputs([x, *parameters], needs)
-    query, key, value = saved[:3]
-    # What passes through the map; the gradient of key needs none of that of query, nor the other way round.
-    through_query = needs[0] or needs[1] or needs[6]
+    query, key, value, _, lse = saved
+    grad_query = torch.empty_like(query) if needs[0] or needs[1] or needs[6] else None
     through_key = needs[0] or needs[2] or needs[3] or needs[8]
-    grad_query = torch.empty_like(query) if through_query else None
     grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if through_key else (None, None)
-    context, row_term = torch.empty_like(value), x.new_empty(2, x.shape[0], x.shape[2] * x.shape[3])
+    context, row_term = torch.empty_like(value), lse.new_empty(2, *lse.shape)
     shared, _scratch = _native_inputs(x, parameters, saved)
     status = _native.module.attention_backward(
         **shared,
@@ -278,18 +272,10 @@ def _native_backward(
     return tuple(grads)
 
 
-def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _forward_outputs(x, arguments[0], arguments[2])
-
-
-def _backward_fake(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_gradient_outputs(arguments[:_N_INPUTS], arguments[-2]))
-
-
 def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
     """vmap's rule: a loop, since the weights or the gradients' sums may differ from one to the next."""
     calls = [
-        operation(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True)))
+        operation(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
@@ -297,8 +283,8 @@ def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *argum
 
 
 for _operation, _implementation, _fake in (
-    ("attention_forward", _forward, _forward_fake),
-    ("attention_backward", _backward, _backward_fake),
+    ("attention_forward", _forward, lambda x, *rest: _forward_outputs(x, rest[0], rest[2])),
+    ("attention_backward", _backward, lambda _, *rest: tuple(_gradient_outputs(rest[:_N_INPUTS], rest[-2]))),
 ):
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)

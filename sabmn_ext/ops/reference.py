@@ -12,9 +12,9 @@ from torch import Tensor
 
 # ---- self-attention over a feature map ----
 #
-# Three functions. `self_attention2d` is the definition, four lines that autograd, torch.func and torch.export can take apart as
-# often as they like; it holds the N×N map. `self_attention2d_forward` and `_backward` compute the same in blocks of queries, the
-# gradients written out, and hold no N×N map: they are what an operation falls back to.
+# Three functions. `self_attention2d` is the definition, a few lines that autograd and torch.func can differentiate any
+# number of times; it holds the N×N map. `self_attention2d_forward` and `_backward` compute the same in blocks of
+# queries, the gradients written out, and hold no N×N map: they are what the operation falls back to.
 
 # Elements of the map held at once by the blockwise functions: 32 MB in float32.
 _MAP_ELEMENTS = 2**23
@@ -26,9 +26,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def project(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """A 1×1 convolution on flattened positions: ``[B, C, N] → [B, d, N]``; a matrix product, so that fp32 obeys torch's switch.
+    """A 1×1 convolution on flattened positions, ``[B, C, N] → [B, d, N]``.
 
-    ``weight`` is ``[d, C]`` or ``[d, C, 1, 1]``; None is the identity.
+    A matrix product, so that fp32 obeys the precision switch of torch's matmul. ``weight`` is ``[d, C]`` or
+    ``[d, C, 1, 1]``; None is the identity.
     """
     if weight is not None:
         x = weight.flatten(1) @ x
@@ -38,9 +39,9 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Ten
 def attention_map(
     x: Tensor, w_query: Tensor, w_key: Tensor, *, b_query: Tensor | None = None, b_key: Tensor | None = None
 ) -> Tensor:
-    """The attention map ``[B, N, N]`` of ``x`` ``[B, C, H, W]``: entry ``[b, j, i]`` is what output position j takes from position i.
+    """The attention map ``[B, N, N]`` of ``x`` ``[B, C, H, W]``: ``[b, j, i]`` is what output position j takes from i.
 
-    Rows sum to 1. Softmax over i of ``key_i · query_j``, unscaled (Zhang et al., SAGAN, 2019, eq. 1). At least float32.
+    Rows sum to 1: softmax over i of ``key_i · query_j``, unscaled (Zhang et al., SAGAN, 2019, eq. 1). At least float32.
     """
     flat = x.flatten(2)
     query = project(flat, w_query, b_query).to(wide(x.dtype))  # [B, d, N]
@@ -85,7 +86,7 @@ def self_attention2d_forward(
     b_value: Tensor | None = None,
     b_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same in blocks of queries: ``y``, and query, key, value, out ``[B, d, N]`` and lse ``[B, N]`` for the backward.
+    """The same in blocks of queries: y; for the backward query, key, value, out ``[B, d, N]`` and lse ``[B, N]``.
 
     ``lse_j = log Σ_i exp(key_i · query_j)``, at least float32.
     """
@@ -124,8 +125,8 @@ def self_attention2d_backward(
     """The gradients of x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out, in blocks of queries.
 
     None where ``needs`` says that one is not wanted. With ``context = w_outᵀ grad_y`` the softmax's row term is
-    ``gamma · Σ context · out``, and the same sum (with ``Σ grad_y · b_out``) is gamma's gradient: there is no division by gamma,
-    which is 0 at the start. A key bias cancels in the softmax: its gradient is 0.
+    ``gamma · Σ context · out``, and the same sum (with ``Σ grad_y · b_out``) is gamma's gradient: there is no division
+    by gamma, which is 0 at the start. A key bias cancels in the softmax: its gradient is 0.
     """
     need_x, need_query, need_key, need_value, need_out, need_gamma, *need_bias = needs
     dtype = wide(x.dtype)
