@@ -4,10 +4,181 @@ The kernels are tested against these functions in float64, and an operation fall
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# ---- self-attention over a feature map ----
+#
+# Three functions. `self_attention2d` is the definition, a few lines that autograd and torch.func can differentiate any
+# number of times; it holds the N×N map. `self_attention2d_forward` and `_backward` compute the same in blocks of
+# queries, the gradients written out, and hold no N×N map: they are what the operation falls back to.
+
+# Elements of the map held at once by the blockwise functions: 32 MB in float32.
+_MAP_ELEMENTS = 2**23
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, softmax and sums: float32 for bfloat16 and float16, else the dtype itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def project(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """A 1×1 convolution on flattened positions, ``[B, C, N] → [B, d, N]``.
+
+    A matrix product, so that fp32 obeys the precision switch of torch's matmul. ``weight`` is ``[d, C]`` or
+    ``[d, C, 1, 1]``; None is the identity.
+    """
+    if weight is not None:
+        x = weight.flatten(1) @ x
+    return x if bias is None else x + bias[:, None]
+
+
+def attention_map(
+    x: Tensor, w_query: Tensor, w_key: Tensor, *, b_query: Tensor | None = None, b_key: Tensor | None = None
+) -> Tensor:
+    """The attention map ``[B, N, N]`` of ``x`` ``[B, C, H, W]``: ``[b, j, i]`` is what output position j takes from i.
+
+    Rows sum to 1: softmax over i of ``key_i · query_j``, unscaled (Zhang et al., SAGAN, 2019, eq. 1). At least float32.
+    """
+    flat = x.flatten(2)
+    query = project(flat, w_query, b_query).to(wide(x.dtype))  # [B, d, N]
+    key = project(flat, w_key, b_key).to(wide(x.dtype))  # [B, d, N]
+    return (query.mT @ key).softmax(-1)
+
+
+def self_attention2d(
+    x: Tensor,  # [B, C, H, W]
+    w_query: Tensor,  # [d, C] or [d, C, 1, 1]; so are all weights
+    w_key: Tensor,  # [d, C]
+    w_value: Tensor,  # [value width, C]
+    w_out: Tensor | None,  # [C, value width]; None: the identity
+    gamma: Tensor,  # [] or [1]
+    *,
+    b_query: Tensor | None = None,
+    b_key: Tensor | None = None,
+    b_value: Tensor | None = None,
+    b_out: Tensor | None = None,
+) -> Tensor:
+    """``y = gamma · (w_out · out + b_out) + x`` with ``out_j = Σ_i map[j, i] value_i``, in x's dtype: ``[B, C, H, W]``.
+
+    The definition, differentiable any number of times. It holds the map: O(B·N²) memory.
+    """
+    flat = x.flatten(2)  # [B, C, N]
+    beta = attention_map(x, w_query, w_key, b_query=b_query, b_key=b_key)  # [B, N, N]
+    out = project(flat, w_value, b_value).to(beta.dtype) @ beta.mT  # [B, value width, N]
+    a = project(out.to(x.dtype), w_out, b_out)
+    return (gamma.reshape(()) * a.to(beta.dtype) + flat).to(x.dtype).reshape(x.shape)
+
+
+def self_attention2d_forward(
+    x: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_value: Tensor,
+    w_out: Tensor | None,
+    gamma: Tensor,
+    *,
+    b_query: Tensor | None = None,
+    b_key: Tensor | None = None,
+    b_value: Tensor | None = None,
+    b_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same in blocks of queries: y; for the backward query, key, value, out ``[B, d, N]`` and lse ``[B, N]``.
+
+    ``lse_j = log Σ_i exp(key_i · query_j)``, at least float32.
+    """
+    dtype = wide(x.dtype)
+    flat = x.flatten(2)
+    query, key = project(flat, w_query, b_query), project(flat, w_key, b_key)
+    value = project(flat, w_value, b_value)
+    out = torch.empty_like(value)
+    lse = query.new_empty(query[:, 0].shape, dtype=dtype)
+    for block in _query_blocks(query):
+        logits = query[..., block].mT.to(dtype) @ key.to(dtype)  # [B, block, N]
+        lse[:, block] = logits.logsumexp(-1)
+        out[..., block] = value.to(dtype) @ (logits - lse[:, block, None]).exp().mT
+    a = project(out, w_out, b_out)
+    y = (gamma.reshape(()) * a.to(dtype) + flat).to(x.dtype).reshape(x.shape)
+    return y, query, key, value, out, lse
+
+
+def self_attention2d_backward(
+    grad_y: Tensor,  # [B, C, H, W]
+    x: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_value: Tensor,
+    w_out: Tensor | None,
+    gamma: Tensor,
+    query: Tensor,  # [B, d, N], as key; value and out [B, value width, N]
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,  # [B, N]
+    *,
+    b_out: Tensor | None = None,
+    needs: Sequence[bool] = (True,) * 10,
+) -> list[Tensor | None]:
+    """The gradients of x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out, in blocks of queries.
+
+    None where ``needs`` says that one is not wanted. With ``context = w_outᵀ grad_y`` the softmax's row term is
+    ``gamma · Σ context · out``, and the same sum (with ``Σ grad_y · b_out``) is gamma's gradient: there is no division
+    by gamma, which is 0 at the start. A key bias cancels in the softmax: its gradient is 0.
+    """
+    need_x, need_query, need_key, need_value, need_out, need_gamma, *need_bias = needs
+    dtype = wide(x.dtype)
+    flat, grad = x.flatten(2), grad_y.flatten(2)  # [B, C, N]
+    gamma = gamma.reshape(()).to(dtype)
+    context = (grad if w_out is None else w_out.flatten(1).mT @ grad).to(dtype)  # [B, value width, N]
+    row_term = (context * out).sum(1)  # [B, N]
+    grad_query = torch.empty_like(query, dtype=dtype)
+    grad_key = torch.zeros_like(key, dtype=dtype)
+    grad_value = torch.zeros_like(value, dtype=dtype)
+    through_map = need_x or need_query or need_key or need_value or any(need_bias[:3])
+    for block in _query_blocks(query) if through_map else []:
+        part = context[..., block]
+        beta = (query[..., block].mT.to(dtype) @ key.to(dtype) - lse[:, block, None]).exp() * gamma  # [B, block, N]
+        grad_value += part @ beta
+        beta *= part.mT @ value.to(dtype) - row_term[:, block, None]  # now the logits' gradient
+        grad_query[..., block] = key.to(dtype) @ beta.mT
+        grad_key += query[..., block].to(dtype) @ beta
+
+    def weight_gradient(grad_part: Tensor, weight: Tensor) -> Tensor:
+        return (grad_part.to(x.dtype) @ flat.mT).sum(0).view(weight.shape)
+
+    def input_gradient() -> Tensor:
+        total = grad
+        for grad_part, weight in ((grad_query, w_query), (grad_key, w_key), (grad_value, w_value)):
+            total = total + weight.flatten(1).mT @ grad_part.to(x.dtype)
+        return total.reshape(x.shape)
+
+    def bias_gradient(grad_part: Tensor) -> Tensor:
+        return grad_part.sum((0, 2)).to(x.dtype)
+
+    grad_gamma = row_term.sum() if b_out is None else row_term.sum() + (grad.sum((0, 2)).to(dtype) * b_out).sum()
+    return [
+        input_gradient() if need_x else None,
+        weight_gradient(grad_query, w_query) if need_query else None,
+        weight_gradient(grad_key, w_key) if need_key else None,
+        weight_gradient(grad_value, w_value) if need_value else None,
+        (gamma * (grad @ out.mT).sum(0)).to(x.dtype).view_as(w_out) if need_out and w_out is not None else None,
+        grad_gamma if need_gamma else None,
+        bias_gradient(grad_query) if need_bias[0] else None,
+        x.new_zeros(key.shape[1]) if need_bias[1] else None,
+        bias_gradient(grad_value) if need_bias[2] else None,
+        bias_gradient(gamma * grad) if need_bias[3] else None,
+    ]
+
+
+def _query_blocks(query: Tensor) -> list[slice]:
+    """Blocks of positions, small enough that ``[B, block, N]`` has about ``_MAP_ELEMENTS`` elements."""
+    batch, _, positions = query.shape
+    rows = max(1, _MAP_ELEMENTS // max(1, batch * positions))
+    return [slice(first, min(first + rows, positions)) for first in range(0, positions, rows)]
+
 
 # ---- spectral normalisation (Miyato et al., 2018; the order of torch's parametrization) ----
 
