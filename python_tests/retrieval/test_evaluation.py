@@ -211,10 +211,10 @@ EXACT_CASES = [(make, metric) for make in CASES for metric in ("euclidean", "cos
 EXACT_CASES += [(small_integers, "euclidean")]  # whose cosines tie in exact arithmetic only
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize(("make", "metric"), EXACT_CASES)
-def test_features_against_the_brute_force(make: Callable[[int], Case], metric: str, seed: int) -> None:
-    case = make(seed)
+def test_features_against_the_brute_force(make: Callable[[int], Case], metric: str, number: int, seed: int) -> None:
+    case = make(100 * seed + number)
     for dtype in (np.float32, np.float64):
         query, gallery = np.array(case.query, dtype), np.array(case.gallery, dtype)
         expected = brute_force([[distance(q, g, metric) for g in gallery.tolist()] for q in query.tolist()], case)
@@ -227,8 +227,10 @@ def test_features_against_the_brute_force(make: Callable[[int], Case], metric: s
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16", "int32"])
 @pytest.mark.parametrize("blocks", [None, 1, 4])
 @pytest.mark.parametrize("make", [*CASES, small_integers])
-def test_distances_against_the_brute_force(make: Callable[[int], Case], blocks: int | None, dtype: str) -> None:
-    case = make(11)
+def test_distances_against_the_brute_force(
+    make: Callable[[int], Case], blocks: int | None, dtype: str, seed: int
+) -> None:
+    case = make(100 * seed + 11)
     exact = torch.tensor([[distance(q, g, "euclidean") for g in case.gallery] for q in case.query])
     rows = (4 * exact).to(getattr(torch, dtype))  # coarse: many ties
     expected = brute_force(rows.double().tolist(), case)
@@ -236,9 +238,9 @@ def test_distances_against_the_brute_force(make: Callable[[int], Case], blocks: 
     assert_equal(evaluate_distances(given, *case.labels(), exclude_self=case.exclude_self), expected)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_market_like_labels_against_the_brute_force(seed: int) -> None:
-    case = market_like(seed)
+@pytest.mark.parametrize("number", range(2))
+def test_market_like_labels_against_the_brute_force(number: int, seed: int) -> None:
+    case = market_like(100 * seed + number)
     rows = [[distance(q, g, "euclidean") for g in case.gallery] for q in case.query]
     expected = brute_force(rows, case)
     assert 0.05 < expected["map"] < 0.95
