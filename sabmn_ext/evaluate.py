@@ -130,8 +130,7 @@ def run(args: argparse.Namespace) -> None:
         if file is not None and not file.resolve().parent.is_dir():
             raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
     if args.features:
-        given = [name for name in ("data", "format", "batch_size") if getattr(args, name) is not None]
-        given += [name for name in ("flip",) if getattr(args, name)]
+        given = [name for name in ("data", "format", "batch_size", "flip") if getattr(args, name)]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} goes with --checkpoint, not with --features")
         query, gallery = read_features(args.features)

@@ -1,8 +1,10 @@
 """Evaluation against a brute force written from the rules, as loops over Python lists."""
 
+import doctest
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -271,6 +273,11 @@ def test_both_backends_any_input_one_result(monkeypatch: pytest.MonkeyPatch) -> 
     assert half == evaluate_retrieval(query.half().double(), gallery.half().double(), *case.labels()).to_dict()
     monkeypatch.setattr(labels, "_BLOCK_MATCHES", 3)  # many blocks of queries
     assert evaluate_retrieval(query, gallery, *case.labels()).to_dict() == expected
+
+
+def test_examples_of_the_docstrings() -> None:
+    module = sys.modules[evaluate_retrieval.__module__]
+    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=3)
 
 
 def test_counts_labels_and_curve() -> None:
