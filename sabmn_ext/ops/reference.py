@@ -241,7 +241,7 @@ def _lane_sum(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    # torch's float64 square root on the CPU is off by one unit in the last place for one value in eighty; numpy's is not.
+    # torch's float64 square root on the CPU misses the nearest number for one value in eighty; numpy's does not.
     return torch.from_numpy(np.sqrt(x.detach().numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
