@@ -21,9 +21,10 @@ def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (4, 8)) -> Pa
 def make_fake_market(root: str | os.PathLike[str], full: bool = False) -> str:
     """Writes Market-1501's folders with tiny 8 × 4 images and returns the path.
 
-    full: the published counts (12,936 images of 751 people; 3,368 queries of 750; 19,732 in the gallery, of which
-    2,798 have pid 0 and 3,819 pid −1), hard links to 16 files, so that it takes a second or two. Otherwise 8 people
-    × 6 images to train, 4 people with 2 queries and 6 gallery images each, 3 distractors and 2 junk images.
+    full: the published counts (12,936 images of 751 people; 3,368 queries of 750; 19,732 in the gallery, of
+    which 2,798 have pid 0 and 3,819 pid −1), hard links to 16 files, so that it takes a second or two.
+    Otherwise 8 people × 6 images to train, 4 people with 2 queries and 6 gallery images each, 3 distractors
+    and 2 junk images.
     Each query has matches in other cameras. A person's pictures are equal, one of 16.
     """
     root = Path(root)

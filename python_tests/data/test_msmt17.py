@@ -45,8 +45,8 @@ def test_errors_name_the_file_the_line_and_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"list_query\.txt, line 2: .*picture"):
         load_data(str(tmp_path))
     (tmp_path / "test").rmdir()
-    with pytest.raises(FileNotFoundError, match="missing .*train and test"):
+    with pytest.raises(FileNotFoundError, match=r"missing .*train and test"):
         load_data(str(tmp_path))
     (tmp_path / "list_val.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="missing file .*list_val.txt"):
+    with pytest.raises(FileNotFoundError, match=r"missing file .*list_val.txt"):
         load_data(str(tmp_path), format="msmt17")

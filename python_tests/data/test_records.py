@@ -11,7 +11,7 @@ from sabmn_ext.data import load_data
 
 
 def test_a_bad_path_or_format_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file or folder: .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*nowhere"):
         load_data(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=f"no data set in {tmp_path} .*bounding_box_train"):
         load_data(str(tmp_path))

@@ -19,5 +19,5 @@ def test_veri776(tmp_path: Path) -> None:
     assert data.gallery[0][1:] == (2, 20)
     assert "query has 1 images, veri776 was published with 1,678" in data.notes
     (tmp_path / "image_test").rename(tmp_path / "test")
-    with pytest.raises(FileNotFoundError, match="veri776: missing folder .*image_test"):
+    with pytest.raises(FileNotFoundError, match=r"veri776: missing folder .*image_test"):
         load_data(str(tmp_path), format="veri776")
