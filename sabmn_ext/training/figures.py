@@ -1,0 +1,102 @@
+"""The figures a run ends with: retrieval on query and gallery, and what the attention contributes to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sabmn_ext.data.records import ImageRecord, ReidData
+from sabmn_ext.nn import SABMN
+from sabmn_ext.retrieval import RetrievalResult, evaluate_retrieval
+from sabmn_ext.retrieval.features import extract_features
+from sabmn_ext.training.config import Config
+
+
+def features_of(model: SABMN, records: list[ImageRecord], config: Config, device: torch.device) -> torch.Tensor:
+    """Features of ``records`` by the run's settings: [n, feature_dim], float32, on the CPU."""
+    return extract_features(
+        model,
+        records,
+        height=config.image.height,
+        width=config.image.width,
+        batch_size=config.evaluation.batch_size,
+        device=device,
+        workers=config.data.workers,
+        flip=config.evaluation.flip,
+        precision=config.run.precision,
+        progress=config.run.progress,
+    )
+
+
+def score(
+    query_features: torch.Tensor, gallery_features: torch.Tensor, query: list[ImageRecord],
+    gallery: list[ImageRecord], cameras: bool, config: Config,
+) -> RetrievalResult:
+    """Retrieval figures of features [Q, d] and [G, d]; the same list twice is evaluated leave-one-out."""
+    return evaluate_retrieval(
+        query_features,
+        gallery_features,
+        [record.pid for record in query],
+        [record.pid for record in gallery],
+        [record.camid for record in query] if cameras else None,
+        [record.camid for record in gallery] if cameras else None,
+        metric=config.evaluation.metric,
+        exclude_self=gallery is query,
+    )
+
+
+def retrieval(model: SABMN, data: ReidData, config: Config, device: torch.device) -> RetrievalResult:
+    """The network's figures on query and gallery."""
+    query = features_of(model, data.query, config, device)
+    gallery = features_of(model, data.gallery, config, device)
+    return score(query, gallery, data.query, data.gallery, data.has_cameras, config)
+
+
+class AttentionShare:
+    """While entered, measures ‖γa‖/‖x‖ at the attention block, whose output is x + γa; over all images seen."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.change = self.input = 0.0
+
+    def _measure(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x = inputs[0].double()  # [B, C, H, W]
+        self.input += float(x.square().sum())
+        self.change += float((output.double() - x).square().sum())
+
+    def __enter__(self) -> AttentionShare:
+        self._hook = self.block.register_forward_hook(self._measure)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hook.remove()
+
+    @property
+    def ratio(self) -> float:
+        return (self.change / self.input) ** 0.5 if self.input else 0.0
+
+
+def final_figures(model: SABMN, data: ReidData, config: Config, device: torch.device) -> dict[str, Any]:
+    """Retrieval on the test images, and with attention: γ, ‖γa‖/‖x‖ over the query images, mAP with γ := 0."""
+    if model.attention is None:
+        nothing = {"gamma": None, "attention_ratio": None, "map_gamma_zero": None}
+        return {**retrieval(model, data, config, device).to_dict(), **nothing}
+    with AttentionShare(model.attention) as share:
+        query = features_of(model, data.query, config, device)
+    gallery = features_of(model, data.gallery, config, device)
+    figures = score(query, gallery, data.query, data.gallery, data.has_cameras, config).to_dict()
+    gamma = model.attention.gamma
+    trained = gamma.detach().clone()
+    try:
+        gamma.data.zero_()
+        without = retrieval(model, data, config, device)
+    finally:
+        gamma.data.copy_(trained)
+    return {
+        **figures,
+        "gamma": float(trained),
+        "attention_ratio": share.ratio,
+        "map_gamma_zero": float(without.map),
+    }
