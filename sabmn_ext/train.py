@@ -39,15 +39,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys for --set:\n" + "\n".join(f"  {key:31s} {meaning}" for key, meaning in meanings.items()),
     )
-    parser.add_argument("--recipe", help="a built-in recipe (market1501, dukemtmc, demo) or a TOML file; by the data")
+    parser.add_argument("--recipe", help="market1501, dukemtmc, demo or a TOML file (default: by the data)")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/RECIPE-DATE-TIME)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, under its settings"
+    )
     for option, key in ALIASES.items():
-        parser.add_argument(option, dest=key, metavar="VALUE", help=f"{meanings[key]} ({key})".replace("%", "%%"))
-    parser.add_argument("--image-size", metavar="HEIGHTxWIDTH", help="image size in pixels (image.height, image.width)")
-    parser.add_argument("--channels-last", action="store_true", help=f"{meanings['run.channels_last']}")
-    parser.add_argument("--no-camera-rule", action="store_true", help="data without cameras (data.cameras=false)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key below; repeatable")
+        parser.add_argument(option, dest=key, metavar="VALUE", help=f"{meanings[key]} ({key})")
+    parser.add_argument(
+        "--image-size", metavar="HxW", help="image size in pixels (image.height, image.width)"
+    )
+    parser.add_argument("--channels-last", action="store_true", help=meanings["run.channels_last"])
+    parser.add_argument("--no-camera-rule", action="store_true", help="ignore camera numbers (data.cameras)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key below")
     return parser
 
 
@@ -57,7 +61,7 @@ def build_config(args: argparse.Namespace) -> Config:
     if args.image_size:
         size = re.fullmatch(r"(\d+)x(\d+)", args.image_size)
         if not size:
-            raise ValueError(f"--image-size {args.image_size}: expected HEIGHTxWIDTH in pixels, such as 256x128")
+            raise ValueError(f"--image-size {args.image_size}: expected HxW in pixels, such as 256x128")
         changes["image.height"], changes["image.width"] = size.groups()
     if args.channels_last:
         changes["run.channels_last"] = "true"
@@ -86,7 +90,9 @@ def _recipe_for(changes: dict[str, str]) -> str:
         return "demo"
     from sabmn_ext.data import load_data
 
-    data = load_data(path, format=changes.get("data.format", "auto"), cameras=changes.get("data.cameras") != "false")
+    data = load_data(
+        path, format=changes.get("data.format", "auto"), cameras=changes.get("data.cameras") != "false"
+    )
     return "dukemtmc" if "duke" in data.name.lower() else "market1501"
 
 
@@ -104,7 +110,8 @@ def table(result: dict[str, Any]) -> str:
     for name, figures in rows.items():
         values = [figures.get(column) for column in columns]
         if values[0] is not None:
-            lines.append(f"{name:20s}" + "".join(f"{'-' if v is None else f'{100 * v:.1f}':>13s}" for v in values))
+            cells = ["-" if value is None else f"{100 * value:.1f}" for value in values]
+            lines.append(f"{name:20s}" + "".join(f"{cell:>13s}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -131,8 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(table(result))
     print(
-        f"{result['num_valid_queries']} of {result['num_queries']} queries have a match among {result['num_gallery']}"
-        f" gallery images; {result['steps']} steps in {result['seconds']:.0f} s"
+        f"{result['num_valid_queries']} of {result['num_queries']} queries have a match among the"
+        f" {result['num_gallery']} gallery images; {result['steps']} steps in {result['seconds']:.0f} s"
     )
     if result["gamma"] is not None:
         print(f"attention: gamma {result['gamma']:+.4f}, |gamma a| / |x| {result['attention_ratio']:.4f}")

@@ -1,4 +1,4 @@
-"""Checkpoints: written so that a kill at any moment leaves the file before it whole, read without running code."""
+"""Checkpoints: a kill while one is written leaves the one before it whole; reading never runs code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT = "sabmn_ext checkpoint 1"
 
 
 def write_atomically(path: str | Path, write: Any) -> None:
-    """Call ``write(file)`` on a new file beside ``path``, bring it to the disk, then let it take path's place."""
+    """Call ``write(file)`` on a new file, bring it to the disk, then let it take the place of ``path``."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves behind is overwritten
     try:
@@ -53,21 +53,22 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise ValueError(
-            f"{path} is not a whole checkpoint of sabmn_ext: it is cut off, damaged or of another kind ({reason})"
+            f"{path} is not a whole checkpoint of sabmn_ext: it is cut off, damaged or of another kind"
+            f" ({reason})"
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is a torch file but not a checkpoint of this version of sabmn_ext ({FORMAT})")
+        raise ValueError(f"{path} is a torch file but not a checkpoint of this sabmn_ext ({FORMAT})")
     return state
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SABMN, dict[str, Any]]:
-    """The network of a checkpoint (``last.pt`` or ``best.pt``) in eval mode, and its run's configuration (nested dict:
-    ``config["image"]["height"]`` …).
+    """The network of a checkpoint in eval mode, and its run's configuration as a nested dict.
 
     Example::
 
         model, config = load_model("runs/demo/last.pt")
-        features = model(images)    # images: [B, 3, H, W], normalised → [B, feature_dim]
+        config["image"]["height"]   # the size of the images it was trained on
+    features = model(images)    # images: [B, 3, H, W], normalised → [B, feature_dim]
     """
     state = load_checkpoint(path, device)
     model = SABMN(**state["model_config"], weights="none")

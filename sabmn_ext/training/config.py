@@ -1,9 +1,10 @@
 """Recipes: the one definition of every setting, its type, its default and what it means.
 
-A recipe is a TOML file with the sections below. A key that is not in the file has its default, which is the paper's
-value. Command lines change single keys by their dotted names (``train.epochs``).
+A recipe is a TOML file with the sections below. A key that is not in the file has its default, which is the
+paper's value. Command lines change single keys by their dotted names (``train.epochs``).
 """
 
+# ruff: noqa: RUF009  (_key is dataclasses.field with the metadata that every key has)
 from __future__ import annotations
 
 import dataclasses
@@ -122,9 +123,9 @@ class RunKeys:
     device: str = _key("auto", "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'", harmless=True)
     precision: str = _key("fp32", "arithmetic of the network", choices=("fp32", "bf16", "fp16"))
     channels_last: bool = _key(False, "keep images in NHWC order, often the faster one")
-    checkpoint_minutes: float = _key(10.0, "write last.pt at least this often; 0: by steps only", low=0, harmless=True)
+    checkpoint_minutes: float = _key(10.0, "write last.pt this often; 0: by steps only", low=0, harmless=True)
     checkpoint_steps: int = _key(0, "write last.pt every so many steps too; 0: never", low=0, harmless=True)
-    log_steps: int = _key(10, "steps between points of the curves and checks of the loss", low=1, harmless=True)
+    log_steps: int = _key(10, "steps between points of the curves, checks of the loss", low=1, harmless=True)
     progress: bool = _key(True, "show progress bars on a terminal", harmless=True)
 
 
@@ -147,9 +148,13 @@ class Config:
         return dataclasses.asdict(self)
 
 
-_SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "recipe"}
+_SECTIONS: dict[str, Any] = {
+    f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "recipe"
+}
 _FIELDS = {f"{name}.{f.name}": f for name, kind in _SECTIONS.items() for f in dataclasses.fields(kind)}
-_HINTS = {f"{name}.{k}": hint for name, kind in _SECTIONS.items() for k, hint in typing.get_type_hints(kind).items()}
+_HINTS = {
+    f"{name}.{k}": hint for name, kind in _SECTIONS.items() for k, hint in typing.get_type_hints(kind).items()
+}
 _EXPECTED = {
     int: "a whole number",
     float: "a number",
@@ -170,11 +175,12 @@ def set_key(config: Config, key: str, value: Any, *, text: bool = False) -> None
     Raises a ValueError for an unknown key (with near names), a wrong type or a value outside the key's range.
     """
     if key not in _FIELDS:
-        by_tail = [k for k in _FIELDS if k.split(".")[-1] == key.split(".")[-1]]
+        word = key.split(".")[-1]
         tails = {k.split(".")[-1]: k for k in _FIELDS}
-        close = difflib.get_close_matches(key.split(".")[-1], list(tails), n=3, cutoff=0.6)
-        near = list(dict.fromkeys([*by_tail, *difflib.get_close_matches(key, list(_FIELDS)), *map(tails.get, close)]))
-        hint = f"near names: {', '.join(map(str, near))}" if near else f"sections: {', '.join(_SECTIONS)}"
+        close = [tails[tail] for tail in difflib.get_close_matches(word, list(tails))]
+        parts = [k for tail, k in tails.items() if word in tail or tail in word]
+        near = list(dict.fromkeys(parts + difflib.get_close_matches(key, list(_FIELDS)) + close))
+        hint = f"near names: {', '.join(near)}" if near else f"sections: {', '.join(_SECTIONS)}"
         raise ValueError(f"unknown key '{key}'; {hint}")
     section, name = key.split(".")
     setattr(getattr(config, section), name, _checked(key, value, text))
@@ -213,7 +219,7 @@ def _checked(key: str, value: Any, text: bool) -> Any:
 
 
 def config_from_dict(values: dict[str, Any], recipe: str | None = None) -> Config:
-    """The inverse of :meth:`Config.to_dict`; also reads a parsed recipe, whose missing keys take their defaults."""
+    """The inverse of :meth:`Config.to_dict`; also reads a parsed recipe: keys it lacks have their defaults."""
     config = Config(recipe=recipe or str(values.get("recipe", "default")))
     for section, keys in values.items():
         if section == "recipe":

@@ -14,7 +14,9 @@ from sabmn_ext.retrieval.features import extract_features
 from sabmn_ext.training.config import Config
 
 
-def features_of(model: SABMN, records: list[ImageRecord], config: Config, device: torch.device) -> torch.Tensor:
+def features_of(
+    model: SABMN, records: list[ImageRecord], config: Config, device: torch.device
+) -> torch.Tensor:
     """Features of ``records`` by the run's settings: [n, feature_dim], float32, on the CPU."""
     return extract_features(
         model,
@@ -31,8 +33,12 @@ def features_of(model: SABMN, records: list[ImageRecord], config: Config, device
 
 
 def score(
-    query_features: torch.Tensor, gallery_features: torch.Tensor, query: list[ImageRecord],
-    gallery: list[ImageRecord], cameras: bool, config: Config,
+    query_features: torch.Tensor,
+    gallery_features: torch.Tensor,
+    query: list[ImageRecord],
+    gallery: list[ImageRecord],
+    cameras: bool,
+    config: Config,
 ) -> RetrievalResult:
     """Retrieval figures of features [Q, d] and [G, d]; the same list twice is evaluated leave-one-out."""
     return evaluate_retrieval(

@@ -53,8 +53,8 @@ def train_step(
         scaler: the gradient scaler that fp16 needs.
 
     Returns:
-        The loss and the number of images whose mean logits name the right class: 0-dim, detached, on the device (so
-        that reading them is the caller's decision, and the device is not waited for).
+        The loss and the number of images whose summed logits name the right class: 0-dim, detached, on the
+        device (so that reading them is the caller's decision, and the device is not waited for).
     """
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
@@ -78,13 +78,15 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def split_identities(data: ReidData, share: float, seed: int) -> tuple[ReidData, ReidData | None]:
-    """Hold out a share of the training identities: (data to train on, data whose train list is held out or None)."""
+    """Hold out a share of the training identities: (data to train on, data with the held-out train list)."""
     if not share:
         return data, None
     pids = sorted({record.pid for record in data.train})
     count = max(2, round(share * len(pids)))
     if len(pids) - count < 2:
-        raise ValueError(f"evaluation.val_ids = {share} holds out {count} of {len(pids)} identities: too few are left")
+        raise ValueError(
+            f"evaluation.val_ids = {share} holds out {count} of {len(pids)} identities: too few remain"
+        )
     held = set(random.Random(seed).sample(pids, count))
     return (
         dataclasses.replace(data, train=[r for r in data.train if r.pid not in held]),
@@ -94,7 +96,9 @@ def split_identities(data: ReidData, share: float, seed: int) -> tuple[ReidData,
 
 def _fingerprint(data: ReidData) -> str:
     """Identifies the images by name, identity and order, wherever the folder lies."""
-    lists = ((os.path.relpath(r.path, data.root), r.pid, r.camid) for r in data.train + data.query + data.gallery)
+    lists = (
+        (os.path.relpath(r.path, data.root), r.pid, r.camid) for r in data.train + data.query + data.gallery
+    )
     return hashlib.sha256("\n".join(map(str, lists)).encode()).hexdigest()
 
 
@@ -105,7 +109,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"run.device = '{name}': expected auto, cpu, cuda or cuda:NUMBER") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"run.device = '{name}': torch sees {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+        raise ValueError(f"run.device = '{name}': torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -126,10 +130,12 @@ class Trainer:
         if state and state["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"{config.data.path}: the images are not those that the run in {out} began with"
-                " (other files, names or identities); go on with the data set it began with, or give a new --out"
+                " (other files, names or identities); give the data set it began with, or a new --out"
             )
         size = (config.image.height, config.image.width)
-        self.dataset = ImageDataset(self.data.train, self.data.train_labels(), *size, on_error=config.data.on_error)
+        self.dataset = ImageDataset(
+            self.data.train, self.data.train_labels(), *size, on_error=config.data.on_error
+        )
         augment = config.augment
         self.transform = TrainTransform(
             *size,
@@ -218,9 +224,9 @@ class Trainer:
 
     def _not_finite(self, what: str, step: int) -> RuntimeError:
         return RuntimeError(
-            f"{what} at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}): the training has diverged."
-            f" The last good checkpoint is {self.out / 'last.pt'}, after step {self.saved_step}. Start again with lower"
-            " rates (train.rate_backbone, train.rate_added), a warm-up (schedule.warmup_steps)"
+            f"{what} at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}): the training diverged."
+            f" The last good checkpoint is {self.out / 'last.pt'}, after step {self.saved_step}. Start again with"
+            " lower rates (train.rate_backbone, train.rate_added), a warm-up (schedule.warmup_steps)"
             + (" or --precision fp32" if self.config.run.precision != "fp32" else "")
         )
 
@@ -308,7 +314,7 @@ class Trainer:
             self._settle()
 
     def _settle(self) -> None:
-        """Fetch the pending losses, stop if one is not finite, add them to the epoch's sums and the curves."""
+        """Fetch the pending losses, stop if one is not finite, add them to the epoch's sums and curves."""
         if not self.pending:
             return
         losses = torch.stack([loss for loss, _ in self.pending]).double().tolist()
@@ -335,7 +341,9 @@ class Trainer:
             points["gamma"] = float(self.model.attention.gamma.detach())
         for name, value in points.items():
             self.curves.add_scalar(name, value, self.step)
-        self.bar.set_postfix(loss=f"{points['loss']:.3f}", accuracy=f"{points['accuracy']:.1%}", refresh=False)
+        self.bar.set_postfix(
+            loss=f"{points['loss']:.3f}", accuracy=f"{points['accuracy']:.1%}", refresh=False
+        )
 
     def _end_epoch(self, epoch: int) -> None:
         self._settle()
@@ -371,22 +379,24 @@ class Trainer:
 
     def write_log(self) -> None:
         """``log.txt`` is written whole each time: a resumed run has each line once."""
-        write_atomically(self.out / "log.txt", lambda file: file.write("".join(f"{x}\n" for x in self.log).encode()))
+        write_atomically(
+            self.out / "log.txt", lambda file: file.write("".join(f"{x}\n" for x in self.log).encode())
+        )
 
 
 def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, Any]:
     """Train by ``config`` into the folder ``out``, evaluate, and return what ``result.json`` holds.
 
-    Writes ``config.toml``, ``last.pt``, ``log.txt``, ``tensorboard/``, ``result.json`` and, where identities are held
-    out, ``best.pt``. Nothing of query or gallery influences any of them but ``result.json``, whose figures are those
-    of the last step.
+    Writes ``config.toml``, ``last.pt``, ``log.txt``, ``tensorboard/``, ``result.json`` and, where identities are
+    held out, ``best.pt``. Nothing of query or gallery influences any of them but ``result.json``, whose figures
+    are those of the last step.
 
     Args:
         resume: go on with the run that is in ``out``; its settings must be the same.
 
     Raises:
-        ValueError: a run is in ``out`` already and ``resume`` is false; the settings or the data differ from the run
-            to resume; settings that do not fit the data.
+        ValueError: a run is in ``out`` already and ``resume`` is false; the settings or the data differ from
+            those of the run to resume; settings that do not fit the data.
         FileNotFoundError: there is nothing in ``out`` to resume.
         RuntimeError: the loss or a weight is not finite (names the step and the last good checkpoint).
         TrainingInterrupted: SIGINT or SIGTERM; all that was done is saved.
@@ -395,7 +405,7 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
     last = out / "last.pt"
     if (out / "config.toml").exists() or last.exists():
         if not resume:
-            raise ValueError(f"{out} holds a run already: go on with it by --resume, or give another folder by --out")
+            raise ValueError(f"{out} holds a run already: go on with it by --resume, or name another --out")
     elif resume:
         raise FileNotFoundError(f"nothing to resume in {out}: it holds no run (no config.toml, no last.pt)")
     with StopRequest(out) as stop:
@@ -408,7 +418,7 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
                     " Leave them as they were, or give a new --out"
                 )
         if config.data.path is None:
-            raise ValueError("data.path is not set: give the data set's folder by --data PATH, or --data demo")
+            raise ValueError("data.path is not set: give a folder by --data PATH, or --data demo")
         if (out / "result.json").exists():
             print(f"the run in {out} is finished; its result:")
             return json.loads((out / "result.json").read_text())

@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of the position in the run, so that a resumed run has no state to restore."""
+"""Learning rates as a pure function of the position in the run: a resumed run has no state to restore."""
 
 from __future__ import annotations
 
@@ -22,15 +22,12 @@ def rate_factor(
         step: steps taken before this one, from 0.
         epoch: the epoch this step belongs to, from 1.
         total_steps: steps of the whole run.
-        kind: "step": multiplied by ``factor`` after each epoch of ``milestones`` (160 means that epochs 1..160 have
-            the full rate and epoch 161 is the first at the lower one); "cosine": half a cosine from 1 after the
-            warm-up to 0 after the last step; "constant".
+        kind: "step": multiplied by ``factor`` after each epoch of ``milestones`` (160 means that epochs
+            1..160 have the full rate and epoch 161 is the first at the lower one); "cosine": half a cosine
+            from 1 after the warm-up to 0 after the last step; "constant".
         warmup_steps: over this many steps the factor rises linearly; step 0 has 1/warmup_steps of it.
     """
-    if step < warmup_steps:
-        warmup = (step + 1) / warmup_steps
-    else:
-        warmup = 1.0
+    warmup = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     if kind == "constant":
         return warmup
     if kind == "step":
