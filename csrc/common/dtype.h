@@ -1,0 +1,11 @@
+// Codes of the element types that cross the border between Python and the native core (sabmn_ext/ops/dispatch.py).
+#pragma once
+
+namespace sabmn {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// What a native function returns: 0, or one of these. Python turns it into an error that names the operation and the shapes.
+enum Status : int { ok = 0, unsupported_dtype = 1 };
+
+}  // namespace sabmn

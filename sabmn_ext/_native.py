@@ -1,0 +1,38 @@
+"""Loads the native module ``_sabmn_ext``, or says why it is not there.
+
+torch is imported first: it brings the OpenMP pool that the native code then shares.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  (before the native module, see above)
+
+from sabmn_ext._fingerprint import source_fingerprint
+
+module: ModuleType | None = None
+missing_reason: str = ""
+
+
+def _load() -> None:
+    global module, missing_reason
+    try:
+        native = importlib.import_module("_sabmn_ext")
+    except ImportError as error:
+        missing_reason = f"the native module is not installed or does not load ({error}); run: pip install ."
+        return
+    root = Path(__file__).resolve().parent.parent
+    expected = source_fingerprint(root)
+    if expected != native.FINGERPRINT:
+        raise ImportError(
+            f"the sources {root} (fingerprint {expected}) and the compiled module {native.__file__} "
+            f"(fingerprint {native.FINGERPRINT}) do not belong together; run: pip install ."
+        )
+    if hasattr(native, "BUILD_ERROR"):
+        missing_reason = f"the native module was not built: {native.BUILD_ERROR}"
+        return
+    module = native
+
+
+_load()

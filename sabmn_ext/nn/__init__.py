@@ -1,0 +1,1 @@
+"""The network: ResNet, self-attention block, spectral normalisation, SABMN."""

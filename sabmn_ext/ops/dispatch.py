@@ -1,0 +1,112 @@
+"""Which backend serves an operation: the compiled or Triton GPU kernels, the C++ CPU kernels, or plain torch.
+
+``auto`` takes the first backend of ``BACKENDS`` that can serve the device and the dtype. The environment variable
+``SABMN_BACKEND`` or an argument ``backend=`` asks for one by name; one that cannot serve is then an error, never a silent
+fallback. What ran is recorded: see ``record``.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sabmn_ext import _native
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
+# The codes of csrc/common/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# operation → backend → why that backend cannot serve (device, dtype), or None where it can. torch always can.
+WhyNot = Callable[[torch.device, torch.dtype], str | None]
+_operations: dict[str, dict[str, WhyNot]] = {}
+
+_records: list[list[tuple[str, str]]] = []
+
+
+def register(operation: str, **backends: WhyNot) -> None:
+    """Declare an operation and the backends that it has besides plain torch."""
+    _operations[operation] = backends
+
+
+def operations() -> list[str]:
+    """The names of the declared operations."""
+    return list(_operations)
+
+
+def native_cpu(*dtypes: torch.dtype) -> WhyNot:
+    """The rule of a C++ CPU kernel that serves tensors on the CPU in the given dtypes."""
+
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        if _native.module is None:
+            return _native.missing_reason
+        if device.type != "cpu":
+            return f"it serves tensors on the CPU, not on {device.type}"
+        if dtype not in dtypes:
+            return f"it serves {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {dtype}"
+        return None
+
+    return why_not
+
+
+def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot serve ``operation`` on this device and dtype; None where it can."""
+    if backend == "torch":
+        return None
+    rule = _operations[operation].get(backend)
+    return f"there is no {backend} kernel for this operation" if rule is None else rule(device, dtype)
+
+
+def choose(operation: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves this call, recorded.
+
+    Args:
+        operation: a registered name.
+        backend: one of ``BACKENDS``, ``"auto"``, or None for what ``SABMN_BACKEND`` says (auto where it is not set).
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: the backend that was asked for cannot serve the call; says why.
+    """
+    asked = backend or os.environ.get("SABMN_BACKEND") or "auto"
+    if asked == "auto":
+        taken = next(name for name in BACKENDS if why_not(operation, name, device, dtype) is None)
+    elif asked in BACKENDS:
+        reason = why_not(operation, asked, device, dtype)
+        if reason is not None:
+            raise RuntimeError(
+                f"backend '{asked}' cannot serve {operation} for {dtype} on {device}: {reason}. "
+                "Ask for another one, or for 'auto'"
+            )
+        taken = asked
+    else:
+        raise ValueError(f"backend '{asked}' is unknown; expected auto, {', '.join(BACKENDS)}")
+    for listener in _records:
+        listener.append((operation, taken))
+    return taken
+
+
+@contextmanager
+def record() -> Iterator[list[tuple[str, str]]]:
+    """Collects ``(operation, backend)`` for every call inside the ``with`` block, in order.
+
+    >>> with record() as calls:
+    ...     _ = sabmn_ext.functional.self_attention2d(x, w, w, w, None, gamma)
+    >>> calls
+    [('attention_forward', 'cpu')]
+    """
+    calls: list[tuple[str, str]] = []
+    _records.append(calls)
+    try:
+        yield calls
+    finally:
+        # By identity: two open blocks may hold equal lists.
+        _records[:] = [other for other in _records if other is not calls]
+
+
+def check_status(status: int, operation: str, *tensors: torch.Tensor) -> None:
+    """Turn the status of a native call into an error that names the operation and its shapes."""
+    if status:
+        shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors)
+        raise RuntimeError(f"the native {operation} failed with status {status} for tensors {shapes}")

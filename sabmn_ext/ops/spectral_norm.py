@@ -1,0 +1,304 @@
+"""Spectral normalisation of many weights in one call: schema, dispatch and autograd.
+
+The formulas stand in ``reference.spectral_norm``. A weight of any shape is the matrix ``weight.flatten(1)``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sabmn_ext import _native
+from sabmn_ext.ops import dispatch, reference
+
+Tensors = Sequence[Tensor]
+
+_library = torch.library.Library("sabmn_ext", "FRAGMENT")
+_library.define(
+    "spectral_norm_forward(Tensor[] weights, Tensor[] u, Tensor[] v, int n_power_iterations, float eps, str[] names, "
+    "str backend) -> (Tensor[], Tensor[], Tensor[], Tensor)"
+)
+_library.define(
+    "spectral_norm_backward(Tensor[] gradients, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma, str backend) "
+    "-> Tensor[]"
+)
+for _operation in ("spectral_norm_forward", "spectral_norm_backward"):
+    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.float64))
+
+
+def spectral_norm(
+    weights: Tensors,
+    u: Tensors,
+    v: Tensors,
+    *,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    names: Sequence[str] = (),
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Divide every weight by its largest singular value, as estimated by power iteration.
+
+    Args:
+        weights: tensors of one floating dtype on one device, each of two dimensions or more; W = ``weight.flatten(1)``.
+        u: [rows] each, left singular vectors so far, of unit length.
+        v: [columns] each, right singular vectors so far.
+        n_power_iterations: updates of u and v before σ is taken; 0 in eval mode.
+        eps: the smallest length that a vector is divided by.
+        names: what errors call the weights.
+
+    Returns:
+        the normalised weights (shapes of ``weights``), the new u and v (fresh tensors), and σ [len(weights)]. Only the
+        normalised weights carry a gradient; u and v are its constants.
+
+    Raises:
+        ValueError: lists of different lengths, dtypes or devices; shapes that do not belong together.
+        RuntimeError: a weight whose σ is zero or not finite, by name; a backend that cannot serve.
+    """
+    if not weights:
+        raise ValueError("weights is empty; expected at least one tensor")
+    if not len(weights) == len(u) == len(v):
+        raise ValueError(
+            f"weights, u and v have {len(weights)}, {len(u)} and {len(v)} tensors; expected the same number"
+        )
+    names = list(names) or [f"weights[{i}]" for i in range(len(weights))]
+    first = weights[0]
+    for weight, left, right, name in zip(weights, u, v, names, strict=True):
+        if weight.dim() < 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"{name} is {list(weight.shape)} {weight.dtype}; expected a floating tensor of two dimensions or more"
+            )
+        if any(t.dtype != first.dtype or t.device != first.device for t in (weight, left, right)):
+            raise ValueError(
+                f"{name}, its u and v are {weight.dtype}, {left.dtype}, {right.dtype} on {weight.device}, "
+                f"{left.device}, {right.device}; expected {first.dtype} on {first.device}, as {names[0]}"
+            )
+        rows = weight.shape[0]
+        if left.shape != (rows,) or right.shape != (weight.numel() // max(rows, 1),):
+            raise ValueError(
+                f"{name} is {list(weight.shape)}, so u has [{rows}] and v [{weight.numel() // max(rows, 1)}] elements; "
+                f"given {list(left.shape)} and {list(right.shape)}"
+            )
+    n = len(weights)
+    outputs = _SpectralNorm.apply(n, n_power_iterations, eps, names, backend or "", *weights, *u, *v)
+    return list(outputs[:n]), list(outputs[n : 2 * n]), list(outputs[2 * n : 3 * n]), outputs[-1]
+
+
+class _SpectralNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        count: int, n_power_iterations: int, eps: float, names: list[str], backend: str, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, u, v = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        normalized, u_new, v_new, sigma = torch.ops.sabmn_ext.spectral_norm_forward(
+            weights, u, v, n_power_iterations, eps, names, backend
+        )
+        return (*normalized, *u_new, *v_new, sigma)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.count, ctx.backend = inputs[0], inputs[4]
+        ctx.set_materialize_grads(False)  # a layer that a step did not use has no gradient
+        ctx.mark_non_differentiable(*output[ctx.count :])
+        ctx.save_for_backward(*inputs[5 : 5 + ctx.count], *output[ctx.count :])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = ctx.count
+        *saved, sigma = ctx.saved_tensors
+        used = [i for i in range(n) if gradients[i] is not None and ctx.needs_input_grad[5 + i]]
+        results: list[Tensor | None] = [None] * n
+        if used:
+            if len(used) < n:
+                sigma = torch.stack([sigma[i] for i in used])
+            weights, u, v = ([saved[k * n + i] for i in used] for k in range(3))
+            used_gradients = [gradients[i] for i in used]
+            if torch.compiler.is_compiling():
+                # The compiler cannot call a Function of varying arity in here; compiled graphs refuse second
+                # derivatives by themselves, so nothing is lost.
+                weight_gradients = torch.ops.sabmn_ext.spectral_norm_backward(
+                    used_gradients, weights, u, v, sigma, ctx.backend
+                )
+            else:
+                weight_gradients = _SpectralNormBackward.apply(
+                    len(used), ctx.backend, *used_gradients, *weights, *u, *v, sigma
+                )
+            for i, gradient in zip(used, weight_gradients, strict=True):
+                results[i] = gradient
+        return (None, None, None, None, None, *results, *[None] * (2 * n))
+
+
+class _SpectralNormBackward(torch.autograd.Function):
+    """The backward op as a differentiable function of the gradients and the weights, for second derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        gradients, weights, u, v = (tensors[k * count : (k + 1) * count] for k in range(4))
+        return tuple(
+            torch.ops.sabmn_ext.spectral_norm_backward(gradients, weights, u, v, tensors[-1], backend)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.count = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[2:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = ctx.count
+        saved = ctx.saved_tensors
+        gradients, weights, u, v = (saved[k * n : (k + 1) * n] for k in range(4))
+        results: list[Tensor | None] = [None] * (2 * n)
+        for i, cotangent in enumerate(cotangents):
+            if cotangent is not None:
+                left, right = u[i], v[i]
+                pull_back = torch.func.vjp(
+                    lambda g, w, left=left, right=right: reference.spectral_norm_backward(g, w, left, right),
+                    gradients[i],
+                    weights[i],
+                )[1]
+                results[i], results[n + i] = pull_back(cotangent)
+        return (None, None, *results, *[None] * (2 * n), None)
+
+
+# ---- the ops themselves (private: a direct call has no gradient) ----
+
+
+def _longest_first(weights: Tensors) -> list[int]:
+    return sorted(range(len(weights)), key=lambda i: -weights[i].numel())
+
+
+def _addresses(tensors: Tensors, order: list[int]) -> list[int]:
+    return [tensors[i].data_ptr() for i in order]
+
+
+def _forward(
+    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float, names: Sequence[str], backend: str
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    first = weights[0]
+    if dispatch.choose("spectral_norm_forward", backend, first.device, first.dtype) == "cpu":
+        normalized, u_new, v_new, sigma = _forward_cpu(weights, u, v, n_power_iterations, eps)
+    else:
+        results = [
+            reference.spectral_norm(w, left, right, n_power_iterations, eps)
+            for w, left, right in zip(weights, u, v, strict=True)
+        ]
+        normalized, u_new, v_new = ([result[k] for result in results] for k in range(3))
+        sigma = torch.stack([result[3] for result in results])
+    if sigma.device.type == "cpu":  # elsewhere the host would have to wait for the device
+        for name, value in zip(names, sigma.tolist(), strict=True):
+            if not 0 < abs(value) < float("inf"):
+                raise RuntimeError(
+                    f"the largest singular value of {name} is {value}: the weight is zero, overflows or is not finite, "
+                    "so it cannot be divided by it. Initialise the layer, or exclude it from spectral normalisation"
+                )
+    return normalized, u_new, v_new, sigma
+
+
+def _forward_cpu(
+    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    assert _native.module is not None
+    dense = [w.contiguous() for w in weights]
+    u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
+    normalized = [torch.empty_like(w) for w in dense]
+    u_new, v_new = [torch.empty_like(t) for t in u], [torch.empty_like(t) for t in v]
+    sigma = dense[0].new_empty(len(weights))
+    order = _longest_first(dense)
+    status = _native.module.spectral_norm_forward(
+        *(_addresses(tensors, order) for tensors in (dense, u, v, normalized, u_new, v_new)),
+        [dense[i].shape[0] for i in order],
+        [v[i].numel() for i in order],
+        sigma.data_ptr(),
+        n_power_iterations,
+        eps,
+        dispatch.DTYPE_CODES[sigma.dtype],
+        torch.get_num_threads(),
+    )
+    dispatch.check_status(status, "spectral_norm_forward", *weights)
+    in_order = torch.empty_like(sigma)
+    in_order[order] = sigma
+    normalized = [_like(n, w) for n, w in zip(normalized, weights, strict=True)]
+    return normalized, u_new, v_new, in_order
+
+
+def _like(tensor: Tensor, model: Tensor) -> Tensor:
+    """``tensor`` in the memory format of ``model`` (channels_last convolutions stay channels_last)."""
+    expected = torch.empty_like(model)
+    return tensor if expected.stride() == tensor.stride() else expected.copy_(tensor)
+
+
+def _backward(
+    gradients: Tensors, weights: Tensors, u: Tensors, v: Tensors, sigma: Tensor, backend: str
+) -> list[Tensor]:
+    if dispatch.choose("spectral_norm_backward", backend, sigma.device, sigma.dtype) == "torch":
+        return [
+            _like(reference.spectral_norm_backward(*inputs), inputs[1])
+            for inputs in zip(gradients, weights, u, v, strict=True)
+        ]
+    assert _native.module is not None
+    dense_gradients, dense = [g.contiguous() for g in gradients], [w.contiguous() for w in weights]
+    u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
+    results = [torch.empty_like(w) for w in dense]
+    order = _longest_first(dense)
+    ordered_sigma = sigma[order]
+    status = _native.module.spectral_norm_backward(
+        *(_addresses(tensors, order) for tensors in (dense_gradients, dense, u, v, results)),
+        [dense[i].shape[0] for i in order],
+        [v[i].numel() for i in order],
+        ordered_sigma.data_ptr(),
+        dispatch.DTYPE_CODES[sigma.dtype],
+        torch.get_num_threads(),
+    )
+    dispatch.check_status(status, "spectral_norm_backward", *weights)
+    return [_like(result, w) for result, w in zip(results, weights, strict=True)]
+
+
+def _forward_fake(
+    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float, names: Sequence[str], backend: str
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    like = [[torch.empty_like(t) for t in tensors] for tensors in (weights, u, v)]
+    return like[0], like[1], like[2], weights[0].new_empty(len(weights))
+
+
+def _backward_fake(
+    gradients: Tensors, weights: Tensors, u: Tensors, v: Tensors, sigma: Tensor, backend: str
+) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+def _vmap_by_loop(op: Any) -> Any:
+    """The batching rule of an op that takes and returns lists of tensors: one call for each element of the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def take(argument: Any, dims: Any, b: int) -> Any:
+            if isinstance(argument, (list, tuple)) and isinstance(dims, (list, tuple)):
+                return [take(a, d, b) for a, d in zip(argument, dims, strict=True)]
+            return argument if dims is None else argument.select(dims, b)
+
+        results = [
+            op(*(take(a, d, b) for a, d in zip(args, in_dims, strict=True))) for b in range(info.batch_size)
+        ]
+        leaves, spec = zip(*(torch.utils._pytree.tree_flatten(result) for result in results), strict=True)
+        stacked = [torch.stack(list(parts)) for parts in zip(*leaves, strict=True)]
+        return (
+            torch.utils._pytree.tree_unflatten(stacked, spec[0]),
+            torch.utils._pytree.tree_unflatten([0] * len(stacked), spec[0]),
+        )
+
+    return rule
+
+
+_library.impl("spectral_norm_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("spectral_norm_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("sabmn_ext::spectral_norm_forward", _forward_fake, lib=_library)
+torch.library.register_fake("sabmn_ext::spectral_norm_backward", _backward_fake, lib=_library)
+for _operation in ("spectral_norm_forward", "spectral_norm_backward"):
+    torch.library.register_vmap(
+        f"sabmn_ext::{_operation}", _vmap_by_loop(getattr(torch.ops.sabmn_ext, _operation)), lib=_library
+    )
