@@ -41,14 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", help="market1501, dukemtmc, demo or a TOML file (default: by the data)")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/RECIPE-DATE-TIME)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, under its settings"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, under its settings")
     for option, key in ALIASES.items():
         parser.add_argument(option, dest=key, metavar="VALUE", help=f"{meanings[key]} ({key})")
-    parser.add_argument(
-        "--image-size", metavar="HxW", help="image size in pixels (image.height, image.width)"
-    )
+    parser.add_argument("--image-size", metavar="HxW", help="image size in pixels (image.height, image.width)")
     parser.add_argument("--channels-last", action="store_true", help=meanings["run.channels_last"])
     parser.add_argument("--no-camera-rule", action="store_true", help="ignore camera numbers (data.cameras)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key below")
@@ -90,9 +86,7 @@ def _recipe_for(changes: dict[str, str]) -> str:
         return "demo"
     from sabmn_ext.data import load_data
 
-    data = load_data(
-        path, format=changes.get("data.format", "auto"), cameras=changes.get("data.cameras") != "false"
-    )
+    data = load_data(path, format=changes.get("data.format", "auto"), cameras=changes.get("data.cameras") != "false")
     return "dukemtmc" if "duke" in data.name.lower() else "market1501"
 
 

@@ -119,9 +119,7 @@ def test_paper_recipes_write_every_setting_out(name):
     written = tomllib.loads((RECIPES / f"{name}.toml").read_text())
     for section in ("image", "augment", "model", "schedule"):
         assert set(written[section]) == {f.name for f in dataclasses.fields(getattr(Config(), section))}
-    assert {"epochs", "batch_size", "rate_backbone", "rate_added", "momentum", "weight_decay"} <= set(
-        written["train"]
-    )
+    assert {"epochs", "batch_size", "rate_backbone", "rate_added", "momentum", "weight_decay"} <= set(written["train"])
     assert load_recipe(name) == dataclasses.replace(Config(), recipe=name), "the defaults are the paper's"
 
 

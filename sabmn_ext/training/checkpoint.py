@@ -53,8 +53,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise ValueError(
-            f"{path} is not a whole checkpoint of sabmn_ext: it is cut off, damaged or of another kind"
-            f" ({reason})"
+            f"{path} is not a whole checkpoint of sabmn_ext: it is cut off, damaged or of another kind ({reason})"
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is a torch file but not a checkpoint of this sabmn_ext ({FORMAT})")

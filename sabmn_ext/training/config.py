@@ -72,9 +72,7 @@ class AugmentKeys:
 
 @dataclass
 class ModelKeys:
-    backbone: str = _key(
-        "resnet50", "network", choices=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-    )
+    backbone: str = _key("resnet50", "network", choices=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
     weights: str = _key("imagenet", "first weights of the backbone: 'imagenet', 'none' (random) or a file")
     attention_stage: int | None = _key(3, "stage that self-attention follows, 1-4, or 'none'", low=1, high=4)
     num_classifiers: int = _key(4, "linear classifiers, each with a cross-entropy of its own", low=1)
@@ -148,13 +146,9 @@ class Config:
         return dataclasses.asdict(self)
 
 
-_SECTIONS: dict[str, Any] = {
-    f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "recipe"
-}
+_SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "recipe"}
 _FIELDS = {f"{name}.{f.name}": f for name, kind in _SECTIONS.items() for f in dataclasses.fields(kind)}
-_HINTS = {
-    f"{name}.{k}": hint for name, kind in _SECTIONS.items() for k, hint in typing.get_type_hints(kind).items()
-}
+_HINTS = {f"{name}.{k}": hint for name, kind in _SECTIONS.items() for k, hint in typing.get_type_hints(kind).items()}
 _EXPECTED = {
     int: "a whole number",
     float: "a number",

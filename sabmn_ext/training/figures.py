@@ -14,9 +14,7 @@ from sabmn_ext.retrieval.features import extract_features
 from sabmn_ext.training.config import Config
 
 
-def features_of(
-    model: SABMN, records: list[ImageRecord], config: Config, device: torch.device
-) -> torch.Tensor:
+def features_of(model: SABMN, records: list[ImageRecord], config: Config, device: torch.device) -> torch.Tensor:
     """Features of ``records`` by the run's settings: [n, feature_dim], float32, on the CPU."""
     return extract_features(
         model,

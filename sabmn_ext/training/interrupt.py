@@ -13,9 +13,7 @@ class TrainingInterrupted(RuntimeError):
     """A signal ended the run. ``signum`` is its number; the message says what is saved and how to go on."""
 
     def __init__(self, signum: int, out: Path, where: str) -> None:
-        go_on = (
-            f"; go on with: python -m sabmn_ext.train --out {out} --resume" * (out / "config.toml").exists()
-        )
+        go_on = f"; go on with: python -m sabmn_ext.train --out {out} --resume" * (out / "config.toml").exists()
         super().__init__(f"stopped by {signal.Signals(signum).name} {where}{go_on}")
         self.signum = signum
 
@@ -45,6 +43,4 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         second, self.signum = self.signum is not None, number
         if self.at_once or second:
-            raise TrainingInterrupted(
-                number, self.out, "outside the training steps" if self.at_once else "twice"
-            )
+            raise TrainingInterrupted(number, self.out, "outside the training steps" if self.at_once else "twice")

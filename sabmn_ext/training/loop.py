@@ -84,9 +84,7 @@ def split_identities(data: ReidData, share: float, seed: int) -> tuple[ReidData,
     pids = sorted({record.pid for record in data.train})
     count = max(2, round(share * len(pids)))
     if len(pids) - count < 2:
-        raise ValueError(
-            f"evaluation.val_ids = {share} holds out {count} of {len(pids)} identities: too few remain"
-        )
+        raise ValueError(f"evaluation.val_ids = {share} holds out {count} of {len(pids)} identities: too few remain")
     held = set(random.Random(seed).sample(pids, count))
     return (
         dataclasses.replace(data, train=[r for r in data.train if r.pid not in held]),
@@ -96,9 +94,7 @@ def split_identities(data: ReidData, share: float, seed: int) -> tuple[ReidData,
 
 def _fingerprint(data: ReidData) -> str:
     """Identifies the images by name, identity and order, wherever the folder lies."""
-    lists = (
-        (os.path.relpath(r.path, data.root), r.pid, r.camid) for r in data.train + data.query + data.gallery
-    )
+    lists = ((os.path.relpath(r.path, data.root), r.pid, r.camid) for r in data.train + data.query + data.gallery)
     return hashlib.sha256("\n".join(map(str, lists)).encode()).hexdigest()
 
 
@@ -133,9 +129,7 @@ class Trainer:
                 " (other files, names or identities); give the data set it began with, or a new --out"
             )
         size = (config.image.height, config.image.width)
-        self.dataset = ImageDataset(
-            self.data.train, self.data.train_labels(), *size, on_error=config.data.on_error
-        )
+        self.dataset = ImageDataset(self.data.train, self.data.train_labels(), *size, on_error=config.data.on_error)
         augment = config.augment
         self.transform = TrainTransform(
             *size,
@@ -341,9 +335,7 @@ class Trainer:
             points["gamma"] = float(self.model.attention.gamma.detach())
         for name, value in points.items():
             self.curves.add_scalar(name, value, self.step)
-        self.bar.set_postfix(
-            loss=f"{points['loss']:.3f}", accuracy=f"{points['accuracy']:.1%}", refresh=False
-        )
+        self.bar.set_postfix(loss=f"{points['loss']:.3f}", accuracy=f"{points['accuracy']:.1%}", refresh=False)
 
     def _end_epoch(self, epoch: int) -> None:
         self._settle()
@@ -379,9 +371,7 @@ class Trainer:
 
     def write_log(self) -> None:
         """``log.txt`` is written whole each time: a resumed run has each line once."""
-        write_atomically(
-            self.out / "log.txt", lambda file: file.write("".join(f"{x}\n" for x in self.log).encode())
-        )
+        write_atomically(self.out / "log.txt", lambda file: file.write("".join(f"{x}\n" for x in self.log).encode()))
 
 
 def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, Any]:
