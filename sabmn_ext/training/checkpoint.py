@@ -50,7 +50,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise FileNotFoundError(f"checkpoint {path}: no such file")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise ValueError(
             f"{path} is not a whole checkpoint of sabmn_ext: it is cut off, damaged or of another kind ({reason})"
