@@ -28,9 +28,19 @@ def small_market(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def large_enough_market(tmp_path_factory) -> Path:
+    """70 training images: one batch of 64, and six that are left over."""
+    root = tmp_path_factory.mktemp("larger")
+    _write(root / "bounding_box_train", range(2, 16), range(1, 6), 0)
+    _write(root / "query", (101, 103), (1,), 1)
+    _write(root / "bounding_box_test", (101, 103), (2,), 2)
+    return root
+
+
 @pytest.fixture
 def options(small_market):
-    """Command-line options of a run of 3 epochs × 4 steps that takes a few seconds, with all that is random switched on."""
+    """Command-line options of a run of 3 epochs × 4 steps: a few seconds, all that is random switched on."""
     return [
         *("--recipe", "market1501", "--data", str(small_market), "--weights", "none", "--backbone", "resnet18"),
         *("--image-size", "64x32", "--batch-size", "8", "--epochs", "3", "--device", "cpu", "--seed", "5"),

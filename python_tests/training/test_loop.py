@@ -77,7 +77,7 @@ def test_step_seeds_differ_and_are_fixed():
     seeds = {step_seed(seed, step) for seed in range(20) for step in range(200)}
     assert len(seeds) == 4000
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert step_seed(0, 0) == 6891917103036706193
+    assert step_seed(0, 0) == 6213027144842677344
 
 
 def run(options, out, *more):

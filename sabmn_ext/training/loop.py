@@ -415,9 +415,9 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
         data = load_data(config.data.path, format=config.data.format, cameras=config.data.cameras)
         for note in data.notes:
             print(f"note: {note}")
+        trainer = Trainer(config, data, out, state, stop)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
-        trainer = Trainer(config, data, out, state, stop)
         if trainer.untrained is None:
             print("retrieval before training ...")
             trainer.untrained = retrieval(trainer.model, data, config, trainer.device).to_dict()
