@@ -1,7 +1,7 @@
 """Which backend serves an operation: the compiled or Triton GPU kernels, the C++ CPU kernels, or plain torch.
 
 ``auto`` takes the first backend of ``BACKENDS`` that can serve the device and the dtype. The environment variable
-``SABMN_BACKEND`` or an argument ``backend=`` asks for one by name; one that cannot serve is then an error, never a silent
+``SABMN_BACKEND`` or an argument ``backend=`` asks for one by name; one that cannot serve is an error, never a silent
 fallback. What ran is recorded: see ``record``.
 """
 

@@ -1,0 +1,189 @@
+"""ResNet (He et al., 2016) without its classifier, with torchvision's parameter names, so that its checkpoints load.
+
+The 3×3 convolution of a bottleneck carries the stride, as in torchvision ("ResNet v1.5").
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions; ResNet-18 and -34."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + identity)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions; ResNet-50 and deeper."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + identity)
+
+
+ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], Sequence[int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """The convolutional part of a ResNet; [B, 3, H, W] → [B, channels[3], H/32, W/32] (H/16, W/16 for last_stride 1).
+
+    Args:
+        architecture: resnet18, resnet34, resnet50, resnet101 or resnet152.
+        last_stride: the stride of the fourth stage, 2 in the original and 1 in re-ID networks.
+
+    Attributes:
+        channels: the output channels of the four stages.
+    """
+
+    def __init__(self, architecture: str, last_stride: int = 2) -> None:
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"backbone '{architecture}' is unknown; expected one of {', '.join(ARCHITECTURES)}")
+        if last_stride not in (1, 2):
+            raise ValueError(f"last_stride is {last_stride}, expected 1 or 2")
+        block, depths = ARCHITECTURES[architecture]
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        widths, strides = (64, 128, 256, 512), (1, 2, 2, last_stride)
+        self.channels = tuple(width * block.expansion for width in widths)
+        in_channels = (64, *self.channels)
+        for i in range(4):
+            stage = self._stage(block, in_channels[i], widths[i], depths[i], strides[i])
+            self.add_module(f"layer{i + 1}", stage)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(
+        block: type[BasicBlock] | type[Bottleneck], in_channels: int, width: int, depth: int, stride: int
+    ) -> nn.Sequential:
+        out_channels = width * block.expansion
+        downsample = None
+        if stride != 1 or in_channels != out_channels:
+            downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+        blocks = [block(in_channels, width, stride, downsample)]
+        blocks += [block(out_channels, width, 1, None) for _ in range(depth - 1)]
+        return nn.Sequential(*blocks)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B, 64, H/4, W/4]."""
+        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The four stages, in order."""
+        return [self.get_submodule(f"layer{i}") for i in range(1, 5)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+# torchvision's IMAGENET1K_V1 weights, those of the paper's time. The file names end in the first digits of their
+# SHA-256, which torch.hub checks.
+_HOST = "https://download.pytorch.org/models/"
+IMAGENET_URLS = {
+    "resnet18": _HOST + "resnet18-f37072fd.pth",
+    "resnet34": _HOST + "resnet34-b627a593.pth",
+    "resnet50": _HOST + "resnet50-0676ba61.pth",
+    "resnet101": _HOST + "resnet101-63fe2227.pth",
+    "resnet152": _HOST + "resnet152-394f9c45.pth",
+}
+
+
+def load_backbone_weights(backbone: ResNet, architecture: str, weights: str) -> None:
+    """Fill ``backbone`` from ImageNet weights or a file.
+
+    Args:
+        weights: ``"imagenet"`` (torchvision's, downloaded once into torch.hub's folder, hash checked), ``"none"``
+            (leave the random start), or the path of a torchvision ResNet state dict; its classifier ``fc`` is ignored.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RuntimeError: no download possible, a file that cannot be read, or weights of another network.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        url = IMAGENET_URLS[architecture]
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"the ImageNet weights of {architecture} could not be downloaded from {url} ({error}). "
+                "Either give a file: --weights FILE (in Python weights='FILE'), or start from random weights: "
+                "--weights none (weights='none')"
+            ) from error
+    else:
+        state = _read_state_dict(weights)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    expected = backbone.state_dict()
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if missing or unexpected or wrong:
+        parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)]
+        found = "; ".join(f"{len(keys)} {what}, such as '{keys[0]}'" for what, keys in parts if keys)
+        raise RuntimeError(f"weights '{weights}' are not those of a {architecture}: {found}")
+    backbone.load_state_dict(state, strict=False)
+
+
+def _read_state_dict(path: str) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"weights '{path}': no such file; expected imagenet, none, or a file") from None
+    except Exception as error:  # torch.load raises many kinds for files that are not checkpoints
+        raise RuntimeError(f"weights '{path}' cannot be read as a torch checkpoint: {error}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise RuntimeError(f"weights '{path}' hold no state dict (names and tensors)")
+    return state
