@@ -167,6 +167,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch,
     assert load_checkpoint(out / "last.pt")["step"] == 4
 
 
+def test_a_training_that_really_diverges_says_so(options, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*options, "--backbone-rate", "1e30", "--added-rate", "1e30", "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert "the training diverged" in message
+    assert "at step" in message
+    assert "after step 0" in message
+    assert load_checkpoint(out / "last.pt")["step"] == 0
+
+
 def test_weights_that_are_not_finite_are_not_saved(options, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     count = []

@@ -189,14 +189,11 @@ class Trainer:
     def save(self, name: str = "last.pt") -> None:
         """Write ``last.pt``, or ``best.pt``, which has no optimiser; refuses weights that are not finite."""
         self._settle()
-        weights = self.model.state_dict()
-        for key, value in weights.items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise self._not_finite(f"{key} has values that are not finite", self.step)
+        self._check_weights()
         state: dict[str, Any] = {
             "config": self.config.to_dict(),
             "model_config": self.model.config,
-            "model": weights,
+            "model": self.model.state_dict(),
             "step": self.step,
         }
         if name == "last.pt":
@@ -215,6 +212,11 @@ class Trainer:
         save_checkpoint(self.out / name, state)
         if name == "last.pt":
             self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _check_weights(self) -> None:
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise self._not_finite(f"{key} has values that are not finite", self.step)
 
     def _not_finite(self, what: str, step: int) -> RuntimeError:
         return RuntimeError(
@@ -292,15 +294,20 @@ class Trainer:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if config.run.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        outcome = train_step(
-            self.model,
-            images,
-            labels,
-            self.optimizer,
-            label_smoothing=config.train.label_smoothing,
-            precision=config.run.precision,
-            scaler=self.scaler,
-        )
+        try:
+            outcome = train_step(
+                self.model,
+                images,
+                labels,
+                self.optimizer,
+                label_smoothing=config.train.label_smoothing,
+                precision=config.run.precision,
+                scaler=self.scaler,
+            )
+        except RuntimeError:  # spectral normalisation refuses weights that are not finite: name the cause, not it
+            self._settle()
+            self._check_weights()
+            raise
         self.pending.append(outcome)
         self.step += 1
         self.bar.update(len(labels))
