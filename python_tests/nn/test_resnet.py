@@ -1,0 +1,110 @@
+"""ResNet: torchvision's parameter names, and its checkpoints by address and by file."""
+
+import hashlib
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sabmn_ext.nn import resnet
+from sabmn_ext.nn.resnet import ResNet, load_backbone_weights
+
+
+def made_up_checkpoint(folder: Path, architecture: str = "resnet18") -> Path:
+    """A file with the names and shapes of torchvision's, its classifier included, named by its hash as theirs are."""
+    torch.manual_seed(0)
+    network = ResNet(architecture)
+    state = {**network.state_dict(), "fc.weight": torch.zeros(1000, network.channels[3]), "fc.bias": torch.zeros(1000)}
+    for key, value in state.items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 2)
+    path = folder / "checkpoint.pth"
+    torch.save(state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.rename(folder / f"{architecture}-{digest[:8]}.pth")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for downloaded weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_names_are_torchvisions() -> None:
+    keys = set(ResNet("resnet50").state_dict())
+    assert {"conv1.weight", "bn1.running_var", "layer1.0.downsample.0.weight", "layer1.0.downsample.1.bias"} <= keys
+    assert {"layer3.5.conv3.weight", "layer4.2.bn3.num_batches_tracked"} <= keys
+    assert len(keys) == 318  # torchvision's resnet50 has 320 with fc.weight and fc.bias
+    assert sum(p.numel() for p in ResNet("resnet50").parameters()) == 23_508_032
+    assert sum(p.numel() for p in ResNet("resnet18").parameters()) == 11_176_512
+
+
+@pytest.mark.parametrize("architecture", list(resnet.ARCHITECTURES))
+def test_equals_torchvision(architecture: str) -> None:
+    try:
+        models = importlib.import_module("torchvision.models")
+    except Exception as error:  # absent (ImportError), or built for another torch (RuntimeError)
+        pytest.skip(f"torchvision does not import: {error}")
+    theirs = getattr(models, architecture)(weights=None)
+    theirs.fc = nn.Identity()
+    ours = ResNet(architecture)
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 32)
+    for train in (True, False):
+        features = ours.train(train)(images).mean(dim=(2, 3))
+        assert torch.allclose(features, theirs.train(train)(images), atol=1e-5)
+
+
+def test_weights_from_a_file(tmp_path: Path) -> None:
+    path = made_up_checkpoint(tmp_path)
+    backbone = ResNet("resnet18", last_stride=1)
+    load_backbone_weights(backbone, "resnet18", str(path))
+    for key, value in torch.load(path).items():
+        if not key.startswith("fc."):
+            assert torch.equal(backbone.state_dict()[key], value)
+
+
+def test_weights_by_address(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = made_up_checkpoint(tmp_path)
+    monkeypatch.setitem(resnet.IMAGENET_URLS, "resnet18", path.as_uri())
+    backbone = ResNet("resnet18")
+    load_backbone_weights(backbone, "resnet18", "imagenet")
+    assert torch.equal(backbone.conv1.weight, torch.load(path)["conv1.weight"])
+    assert (hub / "hub" / "checkpoints" / path.name).exists()
+    path.unlink()
+    load_backbone_weights(ResNet("resnet18"), "resnet18", "imagenet")  # the second time from the folder
+
+
+def test_a_wrong_hash_is_refused(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = made_up_checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes() + b"0")
+    monkeypatch.setitem(resnet.IMAGENET_URLS, "resnet18", path.as_uri())
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        load_backbone_weights(ResNet("resnet18"), "resnet18", "imagenet")
+
+
+def test_no_download_possible_names_both_ways_out(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(resnet.IMAGENET_URLS, "resnet18", (tmp_path / "absent-00000000.pth").as_uri())
+    with pytest.raises(RuntimeError, match=r"could not be downloaded.*--weights FILE.*--weights none"):
+        load_backbone_weights(ResNet("resnet18"), "resnet18", "imagenet")
+
+
+def test_files_that_are_not_these_weights(tmp_path: Path) -> None:
+    backbone = ResNet("resnet50")
+    with pytest.raises(RuntimeError, match=r"not those of a resnet50: \d+ missing, such as 'layer1.0.conv3.weight'"):
+        load_backbone_weights(backbone, "resnet50", str(made_up_checkpoint(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="no such file; expected imagenet, none, or a file"):
+        load_backbone_weights(backbone, "resnet50", str(tmp_path / "absent.pth"))
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"not a checkpoint")
+    with pytest.raises(RuntimeError, match="cannot be read as a torch checkpoint"):
+        load_backbone_weights(backbone, "resnet50", str(broken))
+    listed = tmp_path / "list.pth"
+    torch.save([1, 2], listed)
+    with pytest.raises(RuntimeError, match="hold no state dict"):
+        load_backbone_weights(backbone, "resnet50", str(listed))
