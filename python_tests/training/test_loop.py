@@ -199,9 +199,10 @@ def test_best_needs_held_out_identities(options, tmp_path, monkeypatch):
     seen = []
     real = loop.score
 
-    def score(query, gallery, query_records, gallery_records, cameras, config):
-        seen.append({record.pid for record in query_records})
-        result = real(query, gallery, query_records, gallery_records, cameras, config)
+    def score(query, gallery, cameras, config):
+        assert query is gallery
+        seen.append({record.pid for record in query[1]})
+        result = real(query, gallery, cameras, config)
         object.__setattr__(result, "map", [0.2, 0.7, 0.4][len(seen) - 1])
         return result
 

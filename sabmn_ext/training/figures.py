@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from sabmn_ext.retrieval import RetrievalResult, evaluate_retrieval
 from sabmn_ext.retrieval.features import extract_features
 from sabmn_ext.training.config import Config
 
+Features = tuple[torch.Tensor, list[ImageRecord]]  # [n, feature_dim] float32 on the CPU, and whose they are
 
-def features_of(model: SABMN, records: list[ImageRecord], config: Config, device: torch.device) -> torch.Tensor:
-    """Features of ``records`` by the run's settings: [n, feature_dim], float32, on the CPU."""
-    return extract_features(
+
+def features_of(model: SABMN, records: list[ImageRecord], config: Config, device: torch.device) -> Features:
+    """Features by the run's settings; unreadable images are left out where the settings say so."""
+    indices: list[int] = []
+    features = extract_features(
         model,
         records,
         height=config.image.height,
@@ -26,26 +30,22 @@ def features_of(model: SABMN, records: list[ImageRecord], config: Config, device
         workers=config.data.workers,
         flip=config.evaluation.flip,
         precision=config.run.precision,
-        progress=config.run.progress,
+        on_error=config.data.on_error,
+        progress=config.run.progress and sys.stderr.isatty(),
+        indices=indices,
     )
+    return features, [records[i] for i in indices]
 
 
-def score(
-    query_features: torch.Tensor,
-    gallery_features: torch.Tensor,
-    query: list[ImageRecord],
-    gallery: list[ImageRecord],
-    cameras: bool,
-    config: Config,
-) -> RetrievalResult:
-    """Retrieval figures of features [Q, d] and [G, d]; the same list twice is evaluated leave-one-out."""
+def score(query: Features, gallery: Features, cameras: bool, config: Config) -> RetrievalResult:
+    """Retrieval figures; the same features twice are evaluated leave-one-out."""
     return evaluate_retrieval(
-        query_features,
-        gallery_features,
-        [record.pid for record in query],
-        [record.pid for record in gallery],
-        [record.camid for record in query] if cameras else None,
-        [record.camid for record in gallery] if cameras else None,
+        query[0],
+        gallery[0],
+        [record.pid for record in query[1]],
+        [record.pid for record in gallery[1]],
+        [record.camid for record in query[1]] if cameras else None,
+        [record.camid for record in gallery[1]] if cameras else None,
         metric=config.evaluation.metric,
         exclude_self=gallery is query,
     )
@@ -55,7 +55,7 @@ def retrieval(model: SABMN, data: ReidData, config: Config, device: torch.device
     """The network's figures on query and gallery."""
     query = features_of(model, data.query, config, device)
     gallery = features_of(model, data.gallery, config, device)
-    return score(query, gallery, data.query, data.gallery, data.has_cameras, config)
+    return score(query, gallery, data.has_cameras, config)
 
 
 class AttentionShare:
@@ -90,7 +90,7 @@ def final_figures(model: SABMN, data: ReidData, config: Config, device: torch.de
     with AttentionShare(model.attention) as share:
         query = features_of(model, data.query, config, device)
     gallery = features_of(model, data.gallery, config, device)
-    figures = score(query, gallery, data.query, data.gallery, data.has_cameras, config).to_dict()
+    figures = score(query, gallery, data.has_cameras, config).to_dict()
     gamma = model.attention.gamma
     trained = gamma.detach().clone()
     try:

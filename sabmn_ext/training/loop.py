@@ -167,11 +167,11 @@ class Trainer:
 
         self.step = self.saved_step = 0
         self.seconds = 0.0
-        self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}  # of the epoch under way
+        self.epoch_sums = {"steps": 0, "images": 0, "correct": 0, "loss": 0.0}  # of the epoch under way
         self.log: list[str] = []
         self.best: dict[str, Any] | None = None
         self.untrained: dict[str, Any] | None = None
-        self.pending: list[tuple[Tensor, Tensor]] = []  # losses and hits that are still on the device
+        self.pending: list[tuple[Tensor, Tensor, int]] = []  # loss and hits, still on the device, and images
         if state:
             self._restore(state)
         self.bar: Any = None
@@ -308,7 +308,7 @@ class Trainer:
             self._settle()
             self._check_weights()
             raise
-        self.pending.append(outcome)
+        self.pending.append((*outcome, len(labels)))
         self.step += 1
         self.bar.update(len(labels))
         if self.step % config.run.log_steps == 0:
@@ -318,17 +318,15 @@ class Trainer:
         """Fetch the pending losses, stop if one is not finite, add them to the epoch's sums and curves."""
         if not self.pending:
             return
-        losses = torch.stack([loss for loss, _ in self.pending]).double().tolist()
-        correct = int(torch.stack([hits for _, hits in self.pending]).sum())
-        first = self.step - len(losses)
+        loss_tensors, hits, sizes = zip(*self.pending, strict=True)
         self.pending = []
-        for i, loss in enumerate(losses):
+        losses = torch.stack(loss_tensors).double().tolist()
+        correct, images = int(torch.stack(hits).sum()), sum(sizes)
+        for step, loss in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                raise self._not_finite(f"the loss is {loss}", first + i + 1)
-        images = len(losses) * self.config.train.batch_size
-        self.epoch_sums["loss"] += sum(losses)
-        self.epoch_sums["correct"] += correct
-        self.epoch_sums["images"] += images
+                raise self._not_finite(f"the loss is {loss}", step)
+        for name, value in {"steps": len(losses), "images": images, "correct": correct, "loss": sum(losses)}.items():
+            self.epoch_sums[name] += value
         now = time.monotonic()
         points = {
             "loss": sum(losses) / len(losses),
@@ -347,15 +345,14 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         self._settle()
         sums = self.epoch_sums
-        steps = sums["images"] / self.config.train.batch_size
         line = (
-            f"epoch {epoch}/{self.config.train.epochs}  step {self.step}  loss {sums['loss'] / steps:.4f}"
+            f"epoch {epoch}/{self.config.train.epochs}  step {self.step}  loss {sums['loss'] / sums['steps']:.4f}"
             f"  accuracy {sums['correct'] / sums['images']:.2%}"
         )
         line += "".join(f"  rate {g['name']} {g['lr']:.2e}" for g in self.optimizer.param_groups)
         if self.model.attention is not None:
             line += f"  gamma {float(self.model.attention.gamma.detach()):+.4f}"
-        self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
+        self.epoch_sums = {"steps": 0, "images": 0, "correct": 0, "loss": 0.0}
         every = self.config.evaluation.val_every
         if self.held_out is not None and (epoch % every == 0 or self.step == self.total_steps):
             line += f"  held-out mAP {self._validate(epoch):.2%}"
@@ -367,9 +364,8 @@ class Trainer:
     def _validate(self, epoch: int) -> float:
         """Leave-one-out mAP on the held-out identities; keeps ``best.pt``."""
         assert self.held_out is not None
-        records = self.held_out.train
-        features = features_of(self.model, records, self.config, self.device)
-        result = score(features, features, records, records, self.held_out.has_cameras, self.config)
+        features = features_of(self.model, self.held_out.train, self.config, self.device)
+        result = score(features, features, self.held_out.has_cameras, self.config)
         self.curves.add_scalar("held_out_map", result.map, self.step)
         if self.best is None or result.map > self.best["held_out_map"]:
             self.best = {"epoch": epoch, "step": self.step, "held_out_map": float(result.map)}
