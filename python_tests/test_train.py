@@ -29,7 +29,7 @@ def test_the_data_chooses_the_recipe(name, recipe, monkeypatch):
         asked.update(options, path=path)
         return type("Found", (), {"name": name})()
 
-    monkeypatch.setattr("sabmn_ext.data.load_data", load_data)
+    monkeypatch.setattr("sabmn_ext.data.records.load_data", load_data)
     config = config_of("--data", "/people", "--no-camera-rule", "--format", "csv")
     assert config.recipe == recipe
     assert config.data.path == "/people"

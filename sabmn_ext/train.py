@@ -84,7 +84,7 @@ def _recipe_for(changes: dict[str, str]) -> str:
     path = changes.get("data.path", "demo")
     if path.split(":")[0] == "demo":
         return "demo"
-    from sabmn_ext.data import load_data
+    from sabmn_ext.data.records import load_data
 
     data = load_data(path, format=changes.get("data.format", "auto"), cameras=changes.get("data.cameras") != "false")
     return "dukemtmc" if "duke" in data.name.lower() else "market1501"

@@ -225,7 +225,7 @@ def test_best_needs_held_out_identities(options, tmp_path, monkeypatch):
 
 
 def test_split_is_a_function_of_the_seed(small_market):
-    from sabmn_ext.data import load_data
+    from sabmn_ext.data.records import load_data
 
     data = load_data(str(small_market))
     train, held = split_identities(data, 0.5, 1)
@@ -242,7 +242,7 @@ def test_split_is_a_function_of_the_seed(small_market):
 def test_errors_before_the_training(options, tmp_path, capsys):
     out = str(tmp_path / "run")
     assert main([*options, "--batch-size", "64", "--out", out]) == 2
-    assert "train.batch_size = 64 is more than the 32 training images" in capsys.readouterr().err
+    assert "batch_size must be between 1 and the number of training images, 32; got 64" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"data\.path is not set"):
         loop.train(Config(), tmp_path / "other")
     config = Config()

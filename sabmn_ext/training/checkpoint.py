@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sabmn_ext.nn import SABMN
+from sabmn_ext.nn.sabmn import SABMN
 
 FORMAT = "sabmn_ext checkpoint 1"
 

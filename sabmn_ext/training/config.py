@@ -48,6 +48,7 @@ class DataKeys:
     path: str | None = _key(None, "folder or CSV of the data set; 'demo' is the built-in one", harmless=True)
     format: str = _key("auto", "layout of the data set; 'auto' recognises it")
     cameras: bool = _key(True, "use camera numbers: false switches the same-camera rule off")
+    with_val: bool = _key(False, "MSMT17: train on its validation list too")
     on_error: str = _key("stop", "an unreadable image ends the run, or is left out", choices=("stop", "skip"))
     workers: int = _key(0, "processes that decode images; 0: in the main one", low=0, harmless=True)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sabmn_ext.data.records import ImageRecord, ReidData
-from sabmn_ext.nn import SABMN
+from sabmn_ext.nn.sabmn import SABMN
 from sabmn_ext.retrieval import RetrievalResult, evaluate_retrieval
 from sabmn_ext.retrieval.features import extract_features
 from sabmn_ext.training.config import Config

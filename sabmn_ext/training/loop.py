@@ -21,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sabmn_ext.data import ImageDataset, ReidData, TrainTransform, load_data, steps_per_epoch, train_batches
-from sabmn_ext.nn import SABMN
+from sabmn_ext.data.images import ImageDataset
+from sabmn_ext.data.loader import steps_per_epoch, train_batches
+from sabmn_ext.data.records import ReidData, load_data
+from sabmn_ext.data.transforms import TrainTransform
+from sabmn_ext.nn.sabmn import SABMN
 from sabmn_ext.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sabmn_ext.training.config import Config, config_from_dict, differences, load_recipe, to_toml
 from sabmn_ext.training.figures import features_of, final_figures, retrieval, score
@@ -139,11 +142,6 @@ class Trainer:
             erasing_probability=augment.erasing_probability,
         )
         self.steps_per_epoch = steps_per_epoch(self.dataset, config.train.batch_size)
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"train.batch_size = {config.train.batch_size} is more than the {len(self.dataset)} training images:"
-                " the last incomplete batch is left out, so there is no step to take; choose a smaller batch"
-            )
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.total_steps = min(self.total_steps, config.train.max_steps or self.total_steps)
 
@@ -410,12 +408,13 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
                     f"the run in {out} cannot go on under other settings: {'; '.join(changed)}."
                     " Leave them as they were, or give a new --out"
                 )
-        if config.data.path is None:
+        if not config.data.path:
             raise ValueError("data.path is not set: give a folder by --data PATH, or --data demo")
         if (out / "result.json").exists():
             print(f"the run in {out} is finished; its result:")
             return json.loads((out / "result.json").read_text())
-        data = load_data(config.data.path, format=config.data.format, cameras=config.data.cameras)
+        keys = config.data
+        data = load_data(config.data.path, format=keys.format, cameras=keys.cameras, with_val=keys.with_val)
         for note in data.notes:
             print(f"note: {note}")
         trainer = Trainer(config, data, out, state, stop)
