@@ -129,7 +129,8 @@ def test_without_attention_its_figures_are_null(options, tmp_path):
 @pytest.mark.parametrize("more", [["--precision", "bf16", "--channels-last"], ["--precision", "fp16"]])
 def test_precisions_train_and_are_resumed_exactly(options, tmp_path, more, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main([*options, *more, "--max-steps", "6", "--out", str(whole)]) == 0
+    more = [*more, "--image-size", "32x16", "--batch-size", "4", "--max-steps", "6"]  # fp16 is slow on a CPU
+    assert main([*options, *more, "--out", str(whole)]) == 0
     calls = []
 
     def step(*args, **kwargs):
@@ -139,7 +140,7 @@ def test_precisions_train_and_are_resumed_exactly(options, tmp_path, more, monke
         return train_step(*args, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", step)
-    assert main([*options, *more, "--max-steps", "6", "--out", str(parts)]) == 143
+    assert main([*options, *more, "--out", str(parts)]) == 143
     assert main(["--out", str(parts), "--resume"]) == 0
     assert calls == [more[1]] * 6
     a, b = (load_checkpoint(folder / "last.pt") for folder in (whole, parts))
@@ -200,11 +201,10 @@ def test_best_needs_held_out_identities(options, tmp_path, monkeypatch):
     real = loop.score
 
     def score(query, gallery, cameras, config):
-        assert query is gallery
+        assert query is gallery, "leave-one-out"
+        assert 0 < real(query, gallery, cameras, config).map <= 1
         seen.append({record.pid for record in query[1]})
-        result = real(query, gallery, cameras, config)
-        object.__setattr__(result, "map", [0.2, 0.7, 0.4][len(seen) - 1])
-        return result
+        return type("Scored", (), {"map": [0.2, 0.7, 0.4][len(seen) - 1]})()
 
     monkeypatch.setattr(loop, "score", score)
     out = tmp_path / "run"
