@@ -7,15 +7,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "attention/attention.h"
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "retrieval/retrieval.h"
 #include "spectral_norm/spectral_norm.h"
 
 namespace py = pybind11;
@@ -115,6 +118,48 @@ int spectral_norm_backward(const Addresses& gradients, const Addresses& weights,
                                                            usable_threads(threads));
 }
 
+// ---- retrieval ----
+
+// (address, rows, columns, row stride, column stride)
+using MatrixFields = std::array<std::int64_t, 5>;
+// The members of Matches, in their order.
+using MatchFields = std::array<std::uintptr_t, 6>;
+
+Matrix matrix_of(const MatrixFields& fields, int dtype) {
+    return {pointer<void>(fields[0]), fields[1], fields[2], fields[3], fields[4], static_cast<DType>(dtype)};
+}
+
+Matches matches_of(const MatchFields& fields) {
+    return {pointer<std::int64_t>(fields[0]), pointer<std::int64_t>(fields[1]), pointer<std::int64_t>(fields[2]),
+            pointer<double>(fields[3]),       pointer<std::int64_t>(fields[4]), pointer<std::int64_t>(fields[5])};
+}
+
+int pair_distances(const MatrixFields& query, const MatrixFields& gallery, std::uintptr_t query_indices,
+                   std::uintptr_t gallery_indices, std::int64_t num_pairs, int metric, std::uintptr_t distances,
+                   std::uintptr_t workspace, int dtype, int threads) {
+    py::gil_scoped_release release;
+    const Tiles tiles = {1, 1, pointer<double>(workspace), usable_threads(threads)};
+    return for_isa(SABMN_VARIANTS(pair_distances))(matrix_of(query, dtype), matrix_of(gallery, dtype),
+                                                   pointer<std::int64_t>(query_indices),
+                                                   pointer<std::int64_t>(gallery_indices), num_pairs,
+                                                   static_cast<Metric>(metric), pointer<double>(distances), tiles);
+}
+
+int count_nonmatches(const MatrixFields& query, const MatrixFields& gallery, const MatchFields& matches, int metric,
+                     std::int64_t query_rows, std::int64_t gallery_rows, std::uintptr_t workspace, int dtype,
+                     int threads) {
+    py::gil_scoped_release release;
+    const Tiles tiles = {query_rows, gallery_rows, pointer<double>(workspace), usable_threads(threads)};
+    return for_isa(SABMN_VARIANTS(count_nonmatches))(matrix_of(query, dtype), matrix_of(gallery, dtype),
+                                                     matches_of(matches), static_cast<Metric>(metric), tiles);
+}
+
+int count_nonmatches_in_rows(const MatrixFields& rows, const MatchFields& matches, int dtype, int threads) {
+    py::gil_scoped_release release;
+    return for_isa(SABMN_VARIANTS(count_nonmatches_in_rows))(matrix_of(rows, dtype), matches_of(matches),
+                                                             usable_threads(threads));
+}
+
 // ---- what was compiled ----
 
 py::dict build_info() {
@@ -161,6 +206,70 @@ py::dict cuda_info() {
 }
 #endif
 
+// ---- attention ----
+
+using Address = std::uintptr_t;
+using Strides = std::array<std::int64_t, 4>;
+
+Image image(Address data, const Strides& strides) {
+    return {pointer<void>(data), strides[0], strides[1], strides[2], strides[3]};
+}
+
+// sizes: B, C, H, W, key width, value width. weights: query, key, value, out, gamma; biases: query, key, value, out.
+// saved: query, key, value, out, lse.
+AttentionInputs attention_inputs(int dtype, int threads, const std::array<std::int64_t, 6>& sizes, Address x,
+                                 const Strides& x_strides, const std::array<Address, 5>& weights,
+                                 const std::array<Address, 4>& biases, const std::array<Address, 5>& saved, Address scratch) {
+    AttentionInputs in{};
+    in.dtype = static_cast<DType>(dtype);
+    in.threads = usable_threads(threads);
+    in.batch = sizes[0], in.channels = sizes[1], in.height = sizes[2], in.width = sizes[3];
+    in.key_width = sizes[4], in.value_width = sizes[5];
+    in.x = image(x, x_strides);
+    const void** const weight_fields[] = {&in.w_query, &in.w_key, &in.w_value, &in.w_out, &in.gamma};
+    for (int i = 0; i < 5; ++i) *weight_fields[i] = pointer<void>(weights[i]);
+    const void** const bias_fields[] = {&in.b_query, &in.b_key, &in.b_value, &in.b_out};
+    for (int i = 0; i < 4; ++i) *bias_fields[i] = pointer<void>(biases[i]);
+    void** const saved_fields[] = {&in.query, &in.key, &in.value, &in.out, &in.lse};
+    for (int i = 0; i < 5; ++i) *saved_fields[i] = pointer<void>(saved[i]);
+    in.scratch = pointer<void>(scratch);
+    return in;
+}
+
+int attention_forward(int dtype, int threads, const std::array<std::int64_t, 6>& sizes, Address x, const Strides& x_strides,
+                      const std::array<Address, 5>& weights, const std::array<Address, 4>& biases,
+                      const std::array<Address, 5>& saved, Address scratch, Address y, const Strides& y_strides) {
+    const AttentionInputs in = attention_inputs(dtype, threads, sizes, x, x_strides, weights, biases, saved, scratch);
+    return for_isa(SABMN_VARIANTS(attention_forward))(in, image(y, y_strides));
+}
+
+// gradients: of w_query, w_key, w_value, w_out, gamma; workspaces: gradients of query, key, value, then context, row term.
+int attention_backward(int dtype, int threads, const std::array<std::int64_t, 6>& sizes, Address x, const Strides& x_strides,
+                       const std::array<Address, 5>& weights, const std::array<Address, 4>& biases,
+                       const std::array<Address, 5>& saved, Address scratch, Address grad_y, const Strides& grad_y_strides,
+                       Address grad_x, const Strides& grad_x_strides, const std::array<Address, 5>& gradients,
+                       const std::array<Address, 5>& workspaces) {
+    const AttentionInputs in = attention_inputs(dtype, threads, sizes, x, x_strides, weights, biases, saved, scratch);
+    AttentionGradients g{};
+    g.grad_y = image(grad_y, grad_y_strides);
+    g.grad_x = image(grad_x, grad_x_strides);
+    void** const gradient_fields[] = {&g.w_query, &g.w_key, &g.w_value, &g.w_out, &g.gamma};
+    for (int i = 0; i < 5; ++i) *gradient_fields[i] = pointer<void>(gradients[i]);
+    void** const workspace_fields[] = {&g.query, &g.key, &g.value, &g.context, &g.row_term};
+    for (int i = 0; i < 5; ++i) *workspace_fields[i] = pointer<void>(workspaces[i]);
+    return for_isa(SABMN_VARIANTS(attention_backward))(in, g);
+}
+
+void define_attention(py::module_& m) {
+    using namespace py::literals;
+    m.def("attention_scratch", attention_scratch, "key_width"_a, "value_width"_a);
+    m.def("attention_forward", attention_forward, py::call_guard<py::gil_scoped_release>(), "dtype"_a, "threads"_a, "sizes"_a,
+          "x"_a, "x_strides"_a, "weights"_a, "biases"_a, "saved"_a, "scratch"_a, "y"_a, "y_strides"_a);
+    m.def("attention_backward", attention_backward, py::call_guard<py::gil_scoped_release>(), "dtype"_a, "threads"_a, "sizes"_a,
+          "x"_a, "x_strides"_a, "weights"_a, "biases"_a, "saved"_a, "scratch"_a, "grad_y"_a, "grad_y_strides"_a, "grad_x"_a,
+          "grad_x_strides"_a, "gradients"_a, "workspaces"_a);
+}
+
 }  // namespace
 }  // namespace sabmn
 
@@ -175,7 +284,13 @@ PYBIND11_MODULE(_sabmn_ext, m) {
 #endif
     m.def("spectral_norm_forward", spectral_norm_forward);
     m.def("spectral_norm_backward", spectral_norm_backward);
+    m.def("rank_workspace", rank_workspace);
+    m.def("pair_distances", pair_distances);
+    m.def("count_nonmatches", count_nonmatches);
+    m.def("count_nonmatches_in_rows", count_nonmatches_in_rows);
+
     m.def("isa", [] { return isa_names[static_cast<int>(chosen_isa)]; });
+    define_attention(m);
     m.def("set_isa", set_isa, "Use one of build_info()['isas'] from now on; for tests and for comparing.");
     if (const char* asked = std::getenv("SABMN_ISA")) set_isa(asked);
 }

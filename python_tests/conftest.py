@@ -1,6 +1,22 @@
-"""Puts the tests' shared helpers (python_tests/*.py) on the path."""
+"""The seed of the randomised tests, and the tests' shared helpers (python_tests/*.py) on the path."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="seed of the tests that draw their cases (default 0)")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.getoption('--seed')} (repeat with --seed)"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this run: the same cases for the same ``--seed``."""
+    return int(request.config.getoption("--seed"))

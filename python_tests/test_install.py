@@ -88,6 +88,7 @@ def test_a_wrong_compiler_gives_one_line_and_a_working_package(tmp_path: Path, c
     )
     used = python(tree, code)
     assert used.returncode == 0, used.stderr
+    assert used.stderr.count("operations run through plain torch") == 1
     assert "('attention_forward', 'torch')" in used.stdout
     assert "native module  none: the native module was not built: " in used.stdout
 

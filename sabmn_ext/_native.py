@@ -4,6 +4,7 @@ torch is imported first: it brings the OpenMP pool that the native code then sha
 """
 
 import importlib
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -36,3 +37,6 @@ def _load() -> None:
 
 
 _load()
+if missing_reason:
+    # pip hides what a build says, so this is where the user hears of it.
+    warnings.warn(f"{missing_reason}; operations run through plain torch", stacklevel=2)

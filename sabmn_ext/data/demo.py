@@ -23,7 +23,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .records import ImageRecord
+    from .records import ImageRecord, ReidData
 
 DRAWING_VERSION = 1  # raise it when a picture changes: the cache is keyed by it
 NUM_PEOPLE, IMAGES_PER_VISIT, CAMERAS_PER_PERSON, NUM_CAMERAS = 160, 3, 4, 6  # every fourth person is for testing
@@ -441,6 +441,16 @@ def demo_root(seed: int = 0, *, progress: bool = True) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return root
+
+
+def load(path: str = "demo") -> ReidData:
+    """path: "demo" (seed 0) or "demo:SEED"."""
+    from .market1501 import read_market_style
+
+    _, _, seed = path.partition(":")
+    if not (seed or "0").isdecimal():
+        raise ValueError(f"data path {path!r}: expected 'demo' or 'demo:SEED' with SEED a number from 0, such as 'demo:1'")
+    return read_market_style(demo_root(int(seed or 0)), path, None)
 
 
 def mean_colour_features(records: Sequence[ImageRecord]) -> np.ndarray:

@@ -3,8 +3,182 @@
 The kernels are tested against these functions in float64, and an operation falls back to them where no kernel serves.
 """
 
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+# ---- self-attention over a feature map ----
+#
+# Three functions. `self_attention2d` is the definition, a few lines that autograd and torch.func can differentiate any
+# number of times; it holds the N×N map. `self_attention2d_forward` and `_backward` compute the same in blocks of
+# queries, the gradients written out, and hold no N×N map: they are what the operation falls back to.
+
+# Elements of the map held at once by the blockwise functions: 32 MB in float32.
+_MAP_ELEMENTS = 2**23
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, softmax and sums: float32 for bfloat16 and float16, else the dtype itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def project(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """A 1×1 convolution on flattened positions, ``[B, C, N] → [B, d, N]``.
+
+    A matrix product, so that fp32 obeys the precision switch of torch's matmul. ``weight`` is ``[d, C]`` or
+    ``[d, C, 1, 1]``; None is the identity.
+    """
+    if weight is not None:
+        x = weight.flatten(1) @ x
+    return x if bias is None else x + bias[:, None]
+
+
+def attention_map(
+    x: Tensor, w_query: Tensor, w_key: Tensor, *, b_query: Tensor | None = None, b_key: Tensor | None = None
+) -> Tensor:
+    """The attention map ``[B, N, N]`` of ``x`` ``[B, C, H, W]``: ``[b, j, i]`` is what output position j takes from i.
+
+    Rows sum to 1: softmax over i of ``key_i · query_j``, unscaled (Zhang et al., SAGAN, 2019, eq. 1). At least float32.
+    """
+    flat = x.flatten(2)
+    query = project(flat, w_query, b_query).to(wide(x.dtype))  # [B, d, N]
+    key = project(flat, w_key, b_key).to(wide(x.dtype))  # [B, d, N]
+    return (query.mT @ key).softmax(-1)
+
+
+def self_attention2d(
+    x: Tensor,  # [B, C, H, W]
+    w_query: Tensor,  # [d, C] or [d, C, 1, 1]; so are all weights
+    w_key: Tensor,  # [d, C]
+    w_value: Tensor,  # [value width, C]
+    w_out: Tensor | None,  # [C, value width]; None: the identity
+    gamma: Tensor,  # [] or [1]
+    *,
+    b_query: Tensor | None = None,
+    b_key: Tensor | None = None,
+    b_value: Tensor | None = None,
+    b_out: Tensor | None = None,
+) -> Tensor:
+    """``y = gamma · (w_out · out + b_out) + x`` with ``out_j = Σ_i map[j, i] value_i``, in x's dtype: ``[B, C, H, W]``.
+
+    The definition, differentiable any number of times. It holds the map: O(B·N²) memory.
+    """
+    flat = x.flatten(2)  # [B, C, N]
+    beta = attention_map(x, w_query, w_key, b_query=b_query, b_key=b_key)  # [B, N, N]
+    out = project(flat, w_value, b_value).to(beta.dtype) @ beta.mT  # [B, value width, N]
+    a = project(out.to(x.dtype), w_out, b_out)
+    return (gamma.reshape(()) * a.to(beta.dtype) + flat).to(x.dtype).reshape(x.shape)
+
+
+def self_attention2d_forward(
+    x: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_value: Tensor,
+    w_out: Tensor | None,
+    gamma: Tensor,
+    *,
+    b_query: Tensor | None = None,
+    b_key: Tensor | None = None,
+    b_value: Tensor | None = None,
+    b_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same in blocks of queries: y; for the backward query, key, value, out ``[B, d, N]`` and lse ``[B, N]``.
+
+    ``lse_j = log Σ_i exp(key_i · query_j)``, at least float32.
+    """
+    dtype = wide(x.dtype)
+    flat = x.flatten(2)
+    query, key = project(flat, w_query, b_query), project(flat, w_key, b_key)
+    value = project(flat, w_value, b_value)
+    out = torch.empty_like(value)
+    lse = query.new_empty(query[:, 0].shape, dtype=dtype)
+    for block in _query_blocks(query):
+        logits = query[..., block].mT.to(dtype) @ key.to(dtype)  # [B, block, N]
+        lse[:, block] = logits.logsumexp(-1)
+        out[..., block] = value.to(dtype) @ (logits - lse[:, block, None]).exp().mT
+    a = project(out, w_out, b_out)
+    y = (gamma.reshape(()) * a.to(dtype) + flat).to(x.dtype).reshape(x.shape)
+    return y, query, key, value, out, lse
+
+
+def self_attention2d_backward(
+    grad_y: Tensor,  # [B, C, H, W]
+    x: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_value: Tensor,
+    w_out: Tensor | None,
+    gamma: Tensor,
+    query: Tensor,  # [B, d, N], as key; value and out [B, value width, N]
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,  # [B, N]
+    *,
+    b_out: Tensor | None = None,
+    needs: Sequence[bool] = (True,) * 10,
+) -> list[Tensor | None]:
+    """The gradients of x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out, in blocks of queries.
+
+    None where ``needs`` says that one is not wanted. With ``context = w_outᵀ grad_y`` the softmax's row term is
+    ``gamma · Σ context · out``, and the same sum (with ``Σ grad_y · b_out``) is gamma's gradient: there is no division
+    by gamma, which is 0 at the start. A key bias cancels in the softmax: its gradient is 0.
+    """
+    need_x, need_query, need_key, need_value, need_out, need_gamma, *need_bias = needs
+    dtype = wide(x.dtype)
+    flat, grad = x.flatten(2), grad_y.flatten(2)  # [B, C, N]
+    gamma = gamma.reshape(()).to(dtype)
+    context = (grad if w_out is None else w_out.flatten(1).mT @ grad).to(dtype)  # [B, value width, N]
+    row_term = (context * out).sum(1)  # [B, N]
+    grad_query = torch.empty_like(query, dtype=dtype)
+    grad_key = torch.zeros_like(key, dtype=dtype)
+    grad_value = torch.zeros_like(value, dtype=dtype)
+    through_map = need_x or need_query or need_key or need_value or any(need_bias[:3])
+    for block in _query_blocks(query) if through_map else []:
+        part = context[..., block]
+        beta = (query[..., block].mT.to(dtype) @ key.to(dtype) - lse[:, block, None]).exp() * gamma  # [B, block, N]
+        grad_value += part @ beta
+        beta *= part.mT @ value.to(dtype) - row_term[:, block, None]  # now the logits' gradient
+        grad_query[..., block] = key.to(dtype) @ beta.mT
+        grad_key += query[..., block].to(dtype) @ beta
+
+    def weight_gradient(grad_part: Tensor, weight: Tensor) -> Tensor:
+        return (grad_part.to(x.dtype) @ flat.mT).sum(0).view(weight.shape)
+
+    def input_gradient() -> Tensor:
+        total = grad
+        for grad_part, weight in ((grad_query, w_query), (grad_key, w_key), (grad_value, w_value)):
+            total = total + weight.flatten(1).mT @ grad_part.to(x.dtype)
+        return total.reshape(x.shape)
+
+    def bias_gradient(grad_part: Tensor) -> Tensor:
+        return grad_part.sum((0, 2)).to(x.dtype)
+
+    grad_gamma = row_term.sum() if b_out is None else row_term.sum() + (grad.sum((0, 2)).to(dtype) * b_out).sum()
+    return [
+        input_gradient() if need_x else None,
+        weight_gradient(grad_query, w_query) if need_query else None,
+        weight_gradient(grad_key, w_key) if need_key else None,
+        weight_gradient(grad_value, w_value) if need_value else None,
+        (gamma * (grad @ out.mT).sum(0)).to(x.dtype).view_as(w_out) if need_out and w_out is not None else None,
+        grad_gamma if need_gamma else None,
+        bias_gradient(grad_query) if need_bias[0] else None,
+        x.new_zeros(key.shape[1]) if need_bias[1] else None,
+        bias_gradient(grad_value) if need_bias[2] else None,
+        bias_gradient(gamma * grad) if need_bias[3] else None,
+    ]
+
+
+def _query_blocks(query: Tensor) -> list[slice]:
+    """Blocks of positions, small enough that ``[B, block, N]`` has about ``_MAP_ELEMENTS`` elements."""
+    batch, _, positions = query.shape
+    rows = max(1, _MAP_ELEMENTS // max(1, batch * positions))
+    return [slice(first, min(first + rows, positions)) for first in range(0, positions, rows)]
+
 
 # ---- spectral normalisation (Miyato et al., 2018; the order of torch's parametrization) ----
 
@@ -41,3 +215,124 @@ def spectral_norm_backward(gradient: Tensor, weight: Tensor, u: Tensor, v: Tenso
     matrix, g = weight.flatten(1), gradient.flatten(1)
     sigma = torch.dot(u, torch.mv(matrix, v))
     return ((g - (g * matrix).sum() / sigma * torch.outer(u, v)) / sigma).view_as(weight)
+
+
+# ---- retrieval: distances in float64 in a fixed order, and ranks by counting ----
+
+NUM_LANES = 16  # csrc/retrieval/retrieval.h
+_BLOCK_ELEMENTS = 1 << 22  # bounds the temporaries below, 32 MB each in float64
+
+
+def _lane_sum(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
+    """Σ (q − g)² (``"euclidean"``) or Σ q·g (``"cosine"``) over the last dimension, in float64; the others broadcast.
+
+    Element k goes to lane k mod 16, in the order of k; the 16 lane sums are then added in a tree. Every product and
+    every sum is rounded on its own, so that any machine that keeps to this order gets the same bits.
+    """
+    shape = torch.broadcast_shapes(query.shape[:-1], gallery.shape[:-1])
+    lanes = torch.zeros(*shape, NUM_LANES, dtype=torch.float64, device=query.device)
+    for first in range(0, query.shape[-1], NUM_LANES):
+        q, g = query[..., first : first + NUM_LANES].double(), gallery[..., first : first + NUM_LANES].double()
+        lanes[..., : q.shape[-1]] += q * g if metric == "cosine" else (q - g).square()
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    # torch's float64 square root on the CPU is off by one unit in the last place for one value in eighty; numpy's is not.
+    return torch.from_numpy(np.sqrt(x.detach().numpy())) if x.device.type == "cpu" else x.sqrt()
+
+
+def _ranking_distance(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
+    """The quantity that is ranked, over the last dimension: Σ (q − g)², or 1 − q·g / (‖q‖·‖g‖)."""
+    total = _lane_sum(query, gallery, metric)
+    if metric == "cosine":
+        norms = [_sqrt(_lane_sum(x, x, metric)) for x in (query, gallery)]
+        total = 1.0 - total / (norms[0] * norms[1])
+    return total
+
+
+def pair_distances(
+    query: Tensor, gallery: Tensor, query_indices: Tensor, gallery_indices: Tensor, metric: str
+) -> Tensor:
+    """The ranking distances of listed pairs.
+
+    Args:
+        query: [Q, D] in any floating dtype.
+        gallery: [G, D] in the same dtype.
+        query_indices, gallery_indices: [M] int64, the pairs.
+        metric: ``"euclidean"`` (squared: Σ (q − g)²) or ``"cosine"`` (1 − cos).
+
+    Returns:
+        [M] float64.
+    """
+    block = max(1, _BLOCK_ELEMENTS // max(NUM_LANES, query.shape[1]))
+    parts = [
+        _ranking_distance(query[q], gallery[g], metric)
+        for q, g in zip(query_indices.split(block), gallery_indices.split(block), strict=True)
+    ]
+    return torch.cat(parts) if parts else query.new_empty(0, dtype=torch.float64)
+
+
+def count_nonmatches(
+    query: Tensor,
+    gallery: Tensor,
+    query_pids: Tensor,
+    gallery_pids: Tensor,
+    offsets: Tensor,
+    distances: Tensor,
+    indices: Tensor,
+    metric: str,
+) -> Tensor:
+    """For every true match, how many valid non-matches come before it in its query's ranking.
+
+    A non-match is valid unless its pid is −1. Item a comes before item b if (distance, gallery index) is smaller. The
+    rank of a query's m-th true match (from 1) is m plus this count.
+
+    Args:
+        query: [Q, D]; gallery: [G, D].
+        query_pids: [Q] int64; gallery_pids: [G] int64.
+        offsets: [Q + 1] int64; query q's true matches are the entries offsets[q] … offsets[q + 1] − 1 of the next two.
+        distances: [M] float64, the true matches' ranking distances (``pair_distances``), ascending within a query.
+        indices: [M] int64, their gallery indices, ascending where the distances are equal.
+        metric: ``"euclidean"`` or ``"cosine"``.
+
+    Returns:
+        [M] int64.
+    """
+    block = max(1, _BLOCK_ELEMENTS // (NUM_LANES * gallery.shape[0]))
+    counts = []
+    for first in range(0, query.shape[0], block):
+        rows = _ranking_distance(query[first : first + block, None], gallery[None], metric)
+        block_offsets = offsets[first : first + block + 1]
+        begin, end = int(block_offsets[0]), int(block_offsets[-1])
+        counts.append(
+            count_nonmatches_in_rows(
+                rows,
+                query_pids[first : first + block],
+                gallery_pids,
+                block_offsets - begin,
+                distances[begin:end],
+                indices[begin:end],
+            )
+        )
+    return torch.cat(counts) if counts else torch.empty_like(indices)
+
+
+def count_nonmatches_in_rows(
+    rows: Tensor, query_pids: Tensor, gallery_pids: Tensor, offsets: Tensor, distances: Tensor, indices: Tensor
+) -> Tensor:
+    """``count_nonmatches`` for given distances ``rows`` [Q, G] in any floating dtype; compared as float64."""
+    counts = torch.empty_like(indices)
+    for q, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        valid = ((gallery_pids != query_pids[q]) & (gallery_pids != -1)).nonzero()[:, 0]
+        row = rows[q, valid].double()
+        block = max(1, _BLOCK_ELEMENTS // max(1, len(valid)))
+        for first in range(begin, end, block):
+            match = slice(first, min(first + block, end))
+            nearer = row < distances[match, None]
+            tied = (row == distances[match, None]) & (valid < indices[match, None])
+            counts[match] = (nearer | tied).sum(dim=1)
+    return counts

@@ -1,0 +1,371 @@
+"""Self-attention over a feature map, y = γ·a + x, as one operation: schema, checks, dispatch, autograd.
+
+The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020).
+Private operations do one pass each and have no gradient of their own::
+
+    self_attention2d → _Attention → sabmn_ext::attention_forward
+                            ↓ backward
+                       _AttentionGradient → sabmn_ext::attention_backward
+                            ↓ backward
+                       torch.func.vjp of vjp(reference.self_attention2d)      the only step that holds an N×N map
+
+Both Functions are in the ``setup_context`` form with a generated vmap rule, which torch.func needs.
+"""
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sabmn_ext import _native
+from sabmn_ext.ops import dispatch, reference
+
+_INPUTS = (
+    "Tensor x, Tensor w_query, Tensor w_key, Tensor w_value, Tensor? w_out, Tensor gamma, "
+    "Tensor? b_query, Tensor? b_key, Tensor? b_value, Tensor? b_out"
+)
+_N_INPUTS = 10
+_BIASES = ("b_query", "b_key", "b_value", "b_out")
+_SAVED = "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse"
+
+_library = torch.library.Library("sabmn_ext", "FRAGMENT")
+_library.define(f"attention_forward({_INPUTS}, str? backend) -> (Tensor y, {_SAVED})")
+# One gradient for each input; an empty tensor where `needs` says that it is not wanted.
+_library.define(
+    f"attention_backward(Tensor grad_y, {_INPUTS}, {_SAVED}, bool[] needs, str? backend) "
+    f"-> ({', '.join(['Tensor'] * _N_INPUTS)})"
+)
+for _operation in ("attention_forward", "attention_backward"):
+    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.float64))
+
+
+def self_attention2d(
+    x: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_value: Tensor,
+    w_out: Tensor | None,
+    gamma: Tensor,
+    *,
+    b_query: Tensor | None = None,
+    b_key: Tensor | None = None,
+    b_value: Tensor | None = None,
+    b_out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Self-attention over the positions of a feature map, with its projections, scale and residual: ``y = γ·a + x``.
+
+    ``query``, ``key`` and ``value`` are 1×1 convolutions of x; ``out_j = Σ_i softmax_i(key_i · query_j) value_i`` over
+    the N = H·W positions, unscaled; ``a = w_out out + b_out``.
+
+    Args:
+        x: ``[B, C, H, W]``, any strides. float32 and float64 have a C++ kernel on the CPU; every other float dtype and
+            device runs in plain torch. The N×N map is stored nowhere, except by second derivatives: O(B·N²).
+        w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
+        w_value: ``[value width, C]``.
+        w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.
+        gamma: one number, of shape ``[]`` or ``[1]``, in any float dtype.
+        b_query, b_key: ``[d]``; b_value: ``[value width]``; b_out: ``[C]``, only with ``w_out``.
+        backend: ``cuda``, ``triton``, ``cpu``, ``torch``, or None / ``auto`` for the first of them that can.
+
+    Returns:
+        ``[B, C, H, W]`` in x's memory format and dtype. Under autocast x, weights and biases are cast to autocast's
+        dtype and y has that dtype (float64 is left alone, as torch does).
+
+    Raises:
+        ValueError, TypeError: a shape, device or dtype that does not fit; names the argument.
+        RuntimeError: the backend that was asked for cannot serve the call; says why.
+
+    >>> x, w = torch.randn(2, 64, 16, 8), torch.randn(8, 64)
+    >>> self_attention2d(x, w, w, w, torch.randn(64, 8), torch.tensor(0.5)).shape
+    torch.Size([2, 64, 16, 8])
+    """
+    x, weights, biases = _cast(x, [w_query, w_key, w_value, w_out], [b_query, b_key, b_value, b_out])
+    _check(x, weights, gamma, biases)
+    flat = [None if w is None else w.flatten(1) for w in weights]
+    scale = gamma.reshape(()).to(reference.wide(x.dtype))
+    y: Tensor = _Attention.apply(x, *flat, scale, *biases, backend)[0]
+    return y
+
+
+def attention_map(
+    x: Tensor, w_query: Tensor, w_key: Tensor, *, b_query: Tensor | None = None, b_key: Tensor | None = None
+) -> Tensor:
+    """The map ``[B, N, N]`` itself, rows j summing to 1 over i, in plain torch and at least float32."""
+    x, weights, biases = _cast(x, [w_query, w_key], [b_query, b_key])
+    _check(x, [*weights, None, None], None, [*biases, None, None])
+    with _no_autocast(x):
+        return reference.attention_map(x, *weights, b_query=biases[0], b_key=biases[1])  # type: ignore[arg-type]
+
+
+# ---- checks and autocast ----
+
+
+def _cast(x: Tensor, *groups: list[Tensor | None]) -> tuple[Any, ...]:
+    """x and the groups as autocast wants them."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), *([None if t is None else t.to(dtype) for t in group] for group in groups)
+    return x, *groups
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The operations themselves run in the dtypes they are given."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, biases: Sequence[Tensor | None]) -> None:
+    if x.dim() != 4 or x.shape[1] == 0:
+        raise ValueError(f"x has shape {list(x.shape)}; expected a feature map [B, C, H, W] of at least one channel")
+    if x.dtype not in dispatch.DTYPE_CODES:
+        raise TypeError(f"x has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
+    w_query, _, w_value, w_out = weights
+    channels, width = x.shape[1], 0 if w_query is None or w_query.dim() == 0 else w_query.shape[0]
+    value_width = channels if w_value is None or w_out is None or w_value.dim() == 0 else w_value.shape[0]
+    why_value = "no w_out, so the values are as wide as x" if w_out is None else "any value width, x's channels"
+    for name, tensor, shape, why in (
+        ("w_query", weights[0], (width, channels), "any width d ≥ 1, x's channels"),
+        ("w_key", weights[1], (width, channels), "w_query's rows, x's channels"),
+        ("w_value", weights[2], (value_width, channels), why_value),
+        ("w_out", weights[3], (channels, value_width), "x's channels, w_value's rows"),
+        ("b_query", biases[0], (width,), "w_query's rows"),
+        ("b_key", biases[1], (width,), "w_query's rows"),
+        ("b_value", biases[2], (value_width,), "w_value's rows"),
+        ("b_out", biases[3], (channels,), "x's channels"),
+    ):
+        if tensor is None:
+            continue
+        given = tensor.shape[:-2] if tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3] == 1 else tensor.shape
+        if given != shape or given[0] == 0:
+            convolution = f" or {[*shape, 1, 1]}" if len(shape) == 2 else ""
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}{convolution} ({why})")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}, as x (or use torch.autocast)")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
+    if biases[3] is not None and w_out is None:
+        raise ValueError("b_out is given, but w_out is None; without an output projection there is no output bias")
+    if gamma is not None:
+        if gamma.dim() > 1 or gamma.numel() != 1:
+            raise ValueError(f"gamma has shape {list(gamma.shape)}; expected one number, of shape [] or [1]")
+        if not gamma.is_floating_point() or gamma.device != x.device:
+            raise TypeError(f"gamma is {gamma.dtype} on {gamma.device}; expected a float on {x.device}, where x is")
+
+
+# ---- the operations ----
+
+
+def _empty_image(x: Tensor) -> Tensor:
+    """Uninitialised, of x's shape and memory format: channels_last where x's channels lie side by side."""
+    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(x, memory_format=memory_format)
+
+
+def _forward_outputs(x: Tensor, w_query: Tensor, w_value: Tensor) -> tuple[Tensor, ...]:
+    """y, query, key, value, out, lse, uninitialised."""
+    batch, positions = x.shape[0], x.shape[2] * x.shape[3]
+    widths = (w_query.shape[0], w_query.shape[0], w_value.shape[0], w_value.shape[0])
+    lse = x.new_empty(batch, positions, dtype=reference.wide(x.dtype))
+    return _empty_image(x), *(x.new_empty(batch, width, positions) for width in widths), lse
+
+
+def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """One gradient for each input, uninitialised; an empty tensor for one that is not wanted."""
+    x = inputs[0]
+    assert x is not None
+    outputs = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else x.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    ]
+    return [_empty_image(x), *outputs[1:]] if needs[0] else outputs
+
+
+def _native_inputs(
+    x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor]
+) -> tuple[dict[str, Any], Tensor]:
+    """What both passes of the C++ kernel take, and the scratch memory, which must outlive the call."""
+    assert _native.module is not None
+    threads, key_width, value_width = torch.get_num_threads(), saved[0].shape[1], saved[2].shape[1]
+    scratch = x.new_empty(threads * _native.module.attention_scratch(key_width, value_width))
+    addresses = [_address(t) for t in parameters]
+    arguments = {
+        "dtype": dispatch.DTYPE_CODES[x.dtype],
+        "threads": threads,
+        "sizes": (*x.shape, key_width, value_width),
+        "x": x.data_ptr(),
+        "x_strides": x.stride(),
+        "weights": addresses[:5],
+        "biases": addresses[5:],
+        "saved": [_address(t) for t in saved],
+        "scratch": scratch.data_ptr(),
+    }
+    return arguments, scratch
+
+
+def _address(tensor: Tensor | None) -> int:
+    """0 where there is nothing to point to."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *parameters, backend = arguments
+    if dispatch.choose("attention_forward", backend, x.device, x.dtype) == "cpu":
+        assert _native.module is not None
+        parameters = [None if t is None else t.contiguous() for t in parameters]
+        y, *saved = outputs = _forward_outputs(x, parameters[0], parameters[2])
+        shared, _scratch = _native_inputs(x, parameters, saved)
+        status = _native.module.attention_forward(**shared, y=y.data_ptr(), y_strides=y.stride())
+        dispatch.check_status(status, "attention_forward", x)
+        return outputs
+    with torch.no_grad(), _no_autocast(x):
+        biases = dict(zip(_BIASES, parameters[5:], strict=True))
+        y, *saved = reference.self_attention2d_forward(x, *parameters[:5], **biases)
+        return _empty_image(x).copy_(y), *(t.contiguous() for t in saved)
+
+
+def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, saved, (needs, backend) = arguments[:_N_INPUTS], arguments[_N_INPUTS:-2], arguments[-2:]
+    x = inputs[0]
+    if dispatch.choose("attention_backward", backend, x.device, x.dtype) == "cpu":
+        return _native_backward(grad_y, x, inputs[1:], saved, needs)
+    with torch.no_grad(), _no_autocast(x):
+        wanted = reference.self_attention2d_backward(grad_y, *inputs[:6], *saved, b_out=inputs[9], needs=needs)
+        grads = [x.new_empty(0) if grad is None else grad.contiguous() for grad in wanted]
+        return (_empty_image(x).copy_(grads[0]) if needs[0] else grads[0], *grads[1:])
+
+
+def _native_backward(
+    grad_y: Tensor, x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    assert _native.module is not None
+    parameters = [None if t is None else t.contiguous() for t in parameters]
+    grads = _gradient_outputs([x, *parameters], needs)
+    query, key, value, _, lse = saved
+    grad_query = torch.empty_like(query) if needs[0] or needs[1] or needs[6] else None
+    through_key = needs[0] or needs[2] or needs[3] or needs[8]
+    grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if through_key else (None, None)
+    context, row_term = torch.empty_like(value), lse.new_empty(2, *lse.shape)
+    shared, _scratch = _native_inputs(x, parameters, saved)
+    status = _native.module.attention_backward(
+        **shared,
+        grad_y=grad_y.data_ptr(),
+        grad_y_strides=grad_y.stride(),
+        grad_x=grads[0].data_ptr() if needs[0] else 0,
+        grad_x_strides=grads[0].stride() if needs[0] else (0, 0, 0, 0),
+        gradients=[grad.data_ptr() if need else 0 for grad, need in zip(grads[1:6], needs[1:6], strict=True)],
+        workspaces=[_address(t) for t in (grad_query, grad_key, grad_value, context, row_term)],
+    )
+    dispatch.check_status(status, "attention_backward", x)
+    if needs[6] and grad_query is not None:
+        torch.sum(grad_query, (0, 2), out=grads[6])
+    if needs[7]:
+        grads[7].zero_()  # a key bias cancels in the softmax
+    if needs[8] and grad_value is not None:
+        torch.sum(grad_value, (0, 2), out=grads[8])
+    if needs[9]:
+        torch.sum(grad_y, (0, 2, 3), out=grads[9]).mul_(parameters[4])  # type: ignore[arg-type]
+    return tuple(grads)
+
+
+def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+    """vmap's rule: a loop, since the weights or the gradients' sums may differ from one to the next."""
+    calls = [
+        operation(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+for _operation, _implementation, _fake in (
+    ("attention_forward", _forward, lambda x, *rest: _forward_outputs(x, rest[0], rest[2])),
+    ("attention_backward", _backward, lambda _, *rest: tuple(_gradient_outputs(rest[:_N_INPUTS], rest[-2]))),
+):
+    _library.impl(_operation, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)
+    _vmap = functools.partial(_one_by_one, getattr(torch.ops.sabmn_ext, _operation))
+    torch.library.register_vmap(f"sabmn_ext::{_operation}", _vmap, lib=_library)
+
+
+# ---- autograd ----
+#
+# The Functions' parameters are written out one by one: torch.compile counts them.
+
+
+class _Attention(torch.autograd.Function):
+    """y, for the outside; then query, key, value, out, lse, which the backward needs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Any, w_query: Any, w_key: Any, w_value: Any, w_out: Any, gamma: Any,
+        b_query: Any, b_key: Any, b_value: Any, b_out: Any, backend: str | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        inputs = (x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out)
+        return torch.ops.sabmn_ext.attention_forward(*inputs, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_y is None:
+            return (None,) * (_N_INPUTS + 1)
+        needs = tuple(ctx.needs_input_grad[:_N_INPUTS])
+        wanted = list(_AttentionGradient.apply(grad_y, *ctx.saved_tensors, needs, ctx.backend))
+        return (*[wanted.pop(0) if need else None for need in needs], None)
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """The gradients that are needed, in the order of the inputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        grad_y: Any, x: Any, w_query: Any, w_key: Any, w_value: Any, w_out: Any, gamma: Any,
+        b_query: Any, b_key: Any, b_value: Any, b_out: Any,
+        query: Any, key: Any, value: Any, out: Any, lse: Any, needs: tuple[bool, ...], backend: str | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        inputs = (x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out)
+        saved = (query, key, value, out, lse)
+        grads = torch.ops.sabmn_ext.attention_backward(grad_y, *inputs, *saved, needs, backend)
+        return tuple([grad for grad, need in zip(grads, needs, strict=True) if need])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: _N_INPUTS + 1])
+        ctx.needs = inputs[-2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        arguments = ctx.saved_tensors  # grad_y and the ten inputs
+        present = [t is not None for t in arguments]
+
+        def attention(*inputs: Tensor) -> Tensor:
+            full: Any = _spread(inputs, present[1:])
+            return reference.self_attention2d(*full[:6], **dict(zip(_BIASES, full[6:], strict=True)))
+
+        def gradients(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            firsts = _spread(torch.func.vjp(attention, *inputs)[1](grad_y), present[1:])
+            return tuple([first for first, need in zip(firsts, ctx.needs, strict=True) if need and first is not None])
+
+        with _no_autocast(arguments[0]):
+            seconds = torch.func.vjp(gradients, *[t for t in arguments if t is not None])[1](grads)
+        return (*_spread(seconds, present), *[None] * 7)  # the saved five, needs, backend
+
+
+def _spread(tensors: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor | None]:
+    """The tensors at the places where ``present``, None at the others."""
+    left = list(tensors)
+    return [left.pop(0) if here else None for here in present]
