@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sabmn_ext import evaluate
 from sabmn_ext.train import main
 from sabmn_ext.training import loop
 from sabmn_ext.training.checkpoint import load_checkpoint, load_model
@@ -99,11 +100,14 @@ def test_result_and_files_of_a_run(options, tmp_path):
     assert result["best"] is None
     model, config = load_model(out / "last.pt")
     assert not model.training
-    assert result["gamma"] == float(model.attention.gamma) != 0
+    assert result["gamma"] == model.attention.gamma.item() != 0
     assert 0 < result["attention_ratio"] < 1
     assert config["image"] == {"height": 64, "width": 32}
     assert model(torch.zeros(2, 3, 64, 32)).shape == (2, 32)
     assert not (out / "best.pt").exists()
+    assert evaluate.main(["--checkpoint", str(out / "last.pt"), "--device", "cpu"]) == 0
+    again = json.loads((out / "last.evaluation.json").read_text())
+    assert {key: again[key] for key in FIGURES} == {key: result[key] for key in FIGURES}
     lines = (out / "log.txt").read_text().splitlines()
     assert [line.split()[:4] for line in lines] == [["epoch", f"{e}/3", "step", str(4 * e)] for e in (1, 2, 3)]
     assert "rate backbone 1.00e-03  rate added 1.00e-02" in lines[1]

@@ -70,7 +70,6 @@ def test_the_running_trainer_follows_the_paper(recipe, large_enough_market, tmp_
 
 def test_the_attention_moves_to_the_backbones_rate(small_market, tmp_path, options):
     from sabmn_ext.data.records import load_data
-
     from sabmn_ext.train import build_config, build_parser
     from sabmn_ext.training.interrupt import StopRequest
 

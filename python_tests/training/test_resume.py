@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,17 @@ from sabmn_ext.training import loop
 from sabmn_ext.training.checkpoint import load_checkpoint
 
 
+def environment():
+    """So that another process finds this package and computes with as many threads, hence the same bits."""
+    path = str(Path(sabmn_ext.__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 def run_and_kill(moment, arguments):
     """Start the trainer in a process of its own that kills itself at ``moment``; returns its exit code and stderr."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(sabmn_ext.__file__).parent.parent),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
     script = Path(__file__).with_name("killed_run.py")
     done = subprocess.run(
-        [sys.executable, str(script), moment, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), moment, *arguments], env=environment(), capture_output=True, text=True, timeout=300
     )
     return done.returncode, done.stderr
 
@@ -120,6 +122,24 @@ def test_signals_save_and_leave(signum, code, options, undisturbed, tmp_path, mo
     assert load_checkpoint(out / "last.pt")["step"] == 6
     monkeypatch.undo()
     assert main(["--out", str(out), "--resume"]) == 0, "the settings come from the run itself"
+    assert_same_end(undisturbed(options), out)
+
+
+def test_ctrl_c_with_workers(options, undisturbed, tmp_path):
+    """A terminal sends SIGINT to the workers too, which must not take the step under way with them."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "sabmn_ext.train", *options, "--workers", "2", "--out", str(out)]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        deadline = time.monotonic() + 200
+        while run.poll() is None and not (out / "log.txt").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=200)
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert main(["--out", str(out), "--resume", "--workers", "0"]) == 0
     assert_same_end(undisturbed(options), out)
 
 

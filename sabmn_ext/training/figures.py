@@ -48,6 +48,8 @@ def score(query: Features, gallery: Features, cameras: bool, config: Config) -> 
         [record.camid for record in gallery[1]] if cameras else None,
         metric=config.evaluation.metric,
         exclude_self=gallery is query,
+        query_names=[record.path for record in query[1]],
+        gallery_names=[record.path for record in gallery[1]],
     )
 
 

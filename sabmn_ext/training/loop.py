@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -358,6 +359,7 @@ class Trainer:
         self.log.append(line)
         self.write_log()
         self.bar.write(line)
+        sys.stdout.flush()  # a line an epoch, also where the output is a file
 
     def _validate(self, epoch: int) -> float:
         """Leave-one-out mAP on the held-out identities; keeps ``best.pt``."""
@@ -416,15 +418,15 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
         keys = config.data
         data = load_data(config.data.path, format=keys.format, cameras=keys.cameras, with_val=keys.with_val)
         for note in data.notes:
-            print(f"note: {note}")
+            print(f"note: {note}", flush=True)
         trainer = Trainer(config, data, out, state, stop)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
         if trainer.untrained is None:
-            print("retrieval before training ...")
+            print("retrieval before training ...", flush=True)
             trainer.untrained = retrieval(trainer.model, data, config, trainer.device).to_dict()
         trainer.run()
-        print("retrieval after training ...")
+        print("retrieval after training ...", flush=True)
         result = {
             **final_figures(trainer.model, data, config, trainer.device),
             "seconds": round(trainer.seconds, 2),
