@@ -18,16 +18,20 @@ from sabmn_ext.training.checkpoint import load_checkpoint
 
 
 def environment():
-    """So that another process finds this package and computes with as many threads, hence the same bits."""
+    """Another process then finds this package, and computes with as many threads, hence the same bits."""
     path = str(Path(sabmn_ext.__file__).parent.parent)
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def run_and_kill(moment, arguments):
-    """Start the trainer in a process of its own that kills itself at ``moment``; returns its exit code and stderr."""
+    """Start the trainer in a process of its own, which kills itself at ``moment``: its exit code and stderr."""
     script = Path(__file__).with_name("killed_run.py")
     done = subprocess.run(
-        [sys.executable, str(script), moment, *arguments], env=environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), moment, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     return done.returncode, done.stderr
 
