@@ -1,4 +1,4 @@
-"""Data sets, images, augmentation and batches for re-identification; `python -m sabmn_ext.data PATH` looks at one."""
+"""Data sets, images, augmentation and batches; `python -m sabmn_ext.data PATH` looks into a data set."""
 
 from .images import ImageDataset, UnreadableImageError, load_image
 from .loader import image_batches, steps_per_epoch, train_batches

@@ -1,7 +1,7 @@
-"""A user's own data as a CSV file with a header line: path, pid, camid (optional), split (train, query or gallery).
+"""A user's own data as a CSV file whose first line names the columns path, pid, camid (optional) and split.
 
-path is relative to the CSV file's folder or absolute. pid and camid may be numbers or names; names are numbered in
-sorted order. An empty camid is an unknown camera. pid −1 marks junk in the gallery.
+path is absolute or relative to the CSV file's folder; split is train, query or gallery. pid and camid may be
+numbers or names; names are numbered in sorted order. An empty camid is an unknown camera, pid −1 is junk.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .records import ImageRecord, ReidData, shared_identity_notes
 
+COLUMNS = ("path", "pid", "camid", "split")
 SPLITS = ("train", "query", "gallery")
 
 
@@ -28,17 +29,16 @@ def load(file: Path) -> ReidData:
         reader = csv.DictReader(stream, skipinitialspace=True)
         columns = reader.fieldnames or []
         if not {"path", "pid", "split"} <= set(columns):
-            raise ValueError(f"{file}: the first line must name the columns path, pid, split and perhaps camid; got {columns}")
-        rows = [(reader.line_num, {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)})
-                for row in reader]  # fmt: skip
+            raise ValueError(f"{file}: the first line must name path, pid, split (and camid); got {columns}")
+        rows = [(reader.line_num, {key: (row.get(key) or "").strip() for key in COLUMNS}) for row in reader]
     for line, row in rows:
         if row["split"] not in SPLITS:
-            raise ValueError(f"{file}, line {line}: split must be train, query or gallery, got {row['split']!r}")
+            raise ValueError(f"{file}, line {line}: split {row['split']!r} is not train, query or gallery")
         if not row["path"] or not row["pid"]:
             raise ValueError(f"{file}, line {line}: path and pid must not be empty")
         if not (file.parent / row["path"]).is_file():
             raise FileNotFoundError(f"{file}, line {line}: no such file: {file.parent / row['path']}")
-    pids, cameras = (_numbers([row.get(key, "") for _, row in rows]) for key in ("pid", "camid"))
+    pids, cameras = (_numbers([row[key] for _, row in rows]) for key in ("pid", "camid"))
     splits: dict[str, list[ImageRecord]] = {name: [] for name in SPLITS}
     dropped = 0
     for _, row in rows:
@@ -46,7 +46,7 @@ def load(file: Path) -> ReidData:
         if pid < 0 and row["split"] != "gallery":
             dropped += 1
             continue
-        camid = max(cameras.get(row.get("camid", ""), -1), -1)
+        camid = max(cameras.get(row["camid"], -1), -1)
         splits[row["split"]].append(ImageRecord(str(file.parent / row["path"]), pid, camid))
     for name in ("query", "gallery"):
         if not splits[name]:

@@ -2,7 +2,7 @@
 
     bounding_box_train/  16,522 images,  702 identities
     query/                2,228 images,  702 identities
-    bounding_box_test/   17,661 images: the queries' 702 identities and 408 distractors, which keep their own pids
+    bounding_box_test/   17,661 images: the queries' 702 people and 408 distractors with pids of their own
     0002_c1_f0044158.jpg = identity, camera, frame
 
 The data set was withdrawn by its authors in 2019; it is read where a user has it.

@@ -13,7 +13,7 @@ from .records import ImageRecord
 if TYPE_CHECKING:
     from PIL import Image
 
-FILL = (124, 116, 104)  # ImageNet's mean colour, 0 after normalisation: what stands behind transparent pixels
+FILL = (124, 116, 104)  # ImageNet's mean colour, 0 after normalisation: stands behind transparent pixels
 
 
 class UnreadableImageError(RuntimeError):
@@ -23,8 +23,9 @@ class UnreadableImageError(RuntimeError):
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB, 8 bits a channel, whatever the file holds.
 
-    The EXIF orientation is applied, as viewers do; palettes, gray and CMYK are converted; transparent pixels show
-    ImageNet's mean colour, not the hidden one; 16-bit gray keeps its upper 8 bits (Pillow would clip it to white).
+    The EXIF orientation is applied, as viewers do; palettes, gray and CMYK are converted; transparent pixels
+    show ImageNet's mean colour, not the hidden one; 16-bit gray keeps its upper 8 bits (Pillow would clip it
+    to white).
     """
     from PIL import Image, ImageOps
 
@@ -40,7 +41,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: str, height: int, width: int) -> torch.Tensor:
-    """One image as a uint8 tensor [3, height, width]; UnreadableImageError names the file if it cannot be decoded."""
+    """One image as uint8 [3, height, width]; UnreadableImageError names a file that cannot be decoded."""
     from PIL import Image
 
     try:
@@ -48,10 +49,10 @@ def load_image(path: str, height: int, width: int) -> torch.Tensor:
             image = to_rgb(file).resize((width, height), Image.Resampling.BILINEAR)
     except MemoryError:
         raise
-    except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, …: damage has many names
         raise UnreadableImageError(
-            f"cannot read image {path} ({type(error).__name__}: {error}). Repair or remove the file, or choose to skip "
-            "unreadable images (on_error='skip')"
+            f"cannot read image {path} ({type(error).__name__}: {error}). Repair or remove the file, "
+            "or choose to skip unreadable images (on_error='skip')"
         ) from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -65,15 +66,16 @@ class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int, int]]):
     """Images for training: item i is (image uint8 [3, height, width], label, index).
 
     labels: one int a record, or None (then every label is the record's pid).
-    on_error: "stop" raises UnreadableImageError; "skip" gives the next readable image of the list in its place, with
-        that one's label and index, so that the replacement depends on nothing but the list.
+    on_error: "stop" raises UnreadableImageError; "skip" gives the next readable image of the list instead,
+        with that one's label and index: the replacement depends on nothing but the list.
     """
 
     def __init__(
-        self, records: Sequence[ImageRecord], labels: Sequence[int] | None, height: int, width: int, on_error: str = "stop"
-    ) -> None:
+        self, records: Sequence[ImageRecord], labels: Sequence[int] | None,
+        height: int, width: int, on_error: str = "stop",
+    ) -> None:  # fmt: skip
         if labels is not None and len(labels) != len(records):
-            raise ValueError(f"labels must have one entry a record: got {len(labels)} for {len(records)} records")
+            raise ValueError(f"labels must be one a record: got {len(labels)} for {len(records)} records")
         if height < 1 or width < 1:
             raise ValueError(f"height and width must be positive, got {height} and {width}")
         check_on_error(on_error)
@@ -92,4 +94,4 @@ class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int, int]]):
             except UnreadableImageError:
                 if self.on_error == "stop":
                     raise
-        raise UnreadableImageError(f"none of the {len(self)} images can be read, {self.records[0].path} first")
+        raise UnreadableImageError(f"none of {len(self)} images can be read, {self.records[0].path} first")

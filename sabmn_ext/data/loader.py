@@ -1,4 +1,4 @@
-"""Batches for training and evaluation. Workers only decode; everything random happens here, from (seed, epoch, step)."""
+"""Batches for training and evaluation. Workers only decode; all that is random is made here."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def _generator(*key: int) -> torch.Generator:
 
 
 def steps_per_epoch(dataset: ImageDataset, batch_size: int) -> int:
-    """Whole batches in one pass; the last incomplete one is dropped. A ValueError if there is not even one."""
+    """Whole batches in one pass (the last incomplete one is dropped); a ValueError if there is none."""
     if not 1 <= batch_size <= len(dataset):
-        raise ValueError(f"batch_size must be between 1 and the number of training images, {len(dataset)}; got {batch_size}")
+        raise ValueError(f"batch_size must be in 1 … {len(dataset)}, the number of images; got {batch_size}")
     return len(dataset) // batch_size
 
 
@@ -39,11 +39,11 @@ def train_batches(
     workers: int = 0,
     transform: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of (images float32 [B, 3, H, W], labels int64 [B]), shuffled, without the last incomplete batch.
+    """One epoch of (images float32 [B, 3, H, W], labels int64 [B]), shuffled, incomplete last batch dropped.
 
-    Order and augmentation are functions of (seed, epoch, step) alone: any number of workers gives the same batches,
-    first_step leaves the earlier ones out without decoding them, and torch's global generator is neither read nor
-    moved. seed, epoch and first_step are 0 or more.
+    Order and augmentation are functions of (seed, epoch, step) alone: any number of workers gives the same
+    batches, first_step leaves the earlier ones out without decoding them, and torch's global generator is
+    neither read nor moved. seed, epoch and first_step are 0 or more.
     """
     steps = steps_per_epoch(dataset, batch_size)
     if min(seed, epoch, first_step) < 0:
@@ -92,8 +92,8 @@ def image_batches(
 ) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """All images in order as (normalised float32 [B, 3, height, width], their indices in `records`).
 
-    on_error: "stop" raises UnreadableImageError; "skip" leaves the image out, so that its index never appears, and
-    warns with the file's name.
+    on_error: "stop" raises UnreadableImageError; "skip" leaves the image out, so that its index never
+    appears, and warns with the file's name.
     """
     check_on_error(on_error)
     if batch_size < 1:

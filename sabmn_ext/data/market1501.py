@@ -3,10 +3,10 @@
 Market-1501: Zheng et al., "Scalable person re-identification: a benchmark", ICCV 2015. Six cameras.
     bounding_box_train/  12,936 images,  751 identities
     query/                3,368 images,  750 identities
-    bounding_box_test/   19,732 images: 13,115 of the queries' identities, 2,798 distractors (pid 0), 3,819 junk (pid −1)
+    bounding_box_test/   19,732 images: 13,115 of queried people, 2,798 distractors (pid 0), 3,819 junk (−1)
     0002_c1s1_000451_03.jpg = identity, camera and sequence, frame, box
-CUHK03-NP: Li et al., CVPR 2014, in the split of Zhong et al., "Re-ranking person re-identification with k-reciprocal
-encoding", CVPR 2017, which is handed out in Market-1501's folders. Two cameras; 767 identities to train, 700 to test.
+CUHK03-NP: Li et al., CVPR 2014, in the split of Zhong et al., "Re-ranking person re-identification with
+k-reciprocal encoding", CVPR 2017, handed out in Market-1501's folders. Two cameras; 767 + 700 identities.
     labeled/   7,368 + 1,400 + 5,328 images          detected/   7,365 + 1,400 + 5,332 images
 """
 
@@ -23,7 +23,7 @@ PUBLISHED = {
     "cuhk03-np labeled": Published((7_368, 767), (1_400, 700), (5_328, 700)),
     "cuhk03-np detected": Published((7_365, 767), (1_400, 700), (5_332, 700)),
 }
-# Identity at the start of the file's own name, then the camera, if there is one: 0002_c1s1_…, 0002_c012_…, -1_c3s2_…
+# The identity, then the camera if there is one: 0002_c1s1_000451_03.jpg, 0002_c012_00030600_0.jpg, -1_c3s2_…
 FILE_NAME = re.compile(r"(-?\d+)(?:_[cC](\d+))?")
 
 
@@ -39,12 +39,12 @@ def read_folder(folder: Path, *, junk: bool) -> tuple[list[ImageRecord], list[st
         else:
             records.append(ImageRecord(str(folder / name), max(int(match[1]), -1), int(match[2] or -1)))
     if not records:
-        why = f", for example {nameless[0]!r}, which does not start with an identity number" if nameless else ""
+        why = f"; {nameless[0]!r} does not start with an identity number" if nameless else ""
         raise ValueError(f"{folder} has no image named like 0002_c1s1_000451_03.jpg{why}")
     notes = [f"{folder.name}: left out {dropped:,} junk images (pid −1)"] if dropped else []
     if nameless:
-        notes.append(f"{folder.name}: left out {len(nameless):,} images whose names start with no identity number, "
-                     f"{nameless[0]!r} first")  # fmt: skip
+        count = f"{folder.name}: left out {len(nameless):,} images"
+        notes.append(f"{count} whose names do not start with an identity number, {nameless[0]!r} first")
     return records, notes
 
 
@@ -59,14 +59,15 @@ def read_market_style(
     (train, a), (query, b), (gallery, c) = (
         read_folder(root / folder, junk=folder == folders[2]) for folder in folders
     )
-    data = ReidData(name, str(root), train, query, gallery, [*a, *b, *c, *shared_identity_notes(train, query)])
+    notes = [*a, *b, *c, *shared_identity_notes(train, query)]
+    data = ReidData(name, str(root), train, query, gallery, notes)
     if published is not None:
         data.notes.extend(published.differences(data))
     return data
 
 
 def recognise(root: Path) -> str:
-    """Which data set lies in Market-1501's folders: a known one by its names and its place or size, or just "market"."""
+    """What lies in Market-1501's folders: a known data set by names and place or size, or just "market"."""
     names = image_files(root / FOLDERS[0])
     first, place, size = names[0] if names else "", f"{root.parent.name}/{root.name}".lower(), len(names)
     if "cuhk03" in place or size in (7_368, 7_365):
@@ -83,19 +84,21 @@ def refuse_raw_cuhk03(path: Path) -> None:
     names = [path.name] if path.is_file() else [child.name for child in path.iterdir()]
     if any(name.lower() in ("cuhk-03.mat", "cuhk03_release", "cuhk03_release.zip") for name in names):
         raise ValueError(
-            f"{path} is CUHK03's original release (cuhk-03.mat), which is not read. Get the Market-style folders of "
-            "CUHK03-NP from github.com/zhunzhong07/person-re-ranking (folder CUHK03-NP) and give its labeled/ or detected/"
+            f"{path} is CUHK03's original release (cuhk-03.mat), which is not read. Get CUHK03-NP in Market-style "
+            "folders (see github.com/zhunzhong07/person-re-ranking) and give its folder labeled or detected"
         )
 
 
 def load(path: Path, format: str) -> ReidData:
     """format: "market1501", "cuhk03-np" or "market" (no published counts are compared)."""
-    if format != "cuhk03-np":
-        return read_market_style(path, "market1501" if format == "market1501" else path.name, PUBLISHED.get(format))
-    refuse_raw_cuhk03(path)
-    root = find_root(path, FOLDERS)
-    kinds = ("labeled", "detected")
-    kind = root.name.lower() if root is not None else ""
-    if root is not None and kind not in kinds:  # renamed folders: the number of images tells
-        kind = "detected" if len(image_files(root / FOLDERS[0])) == PUBLISHED["cuhk03-np detected"].train[0] else "labeled"
-    return read_market_style(path, f"cuhk03-np {kind}".strip(), PUBLISHED.get(f"cuhk03-np {kind}"))
+    name = path.name if format == "market" else format
+    if format == "cuhk03-np":
+        root = find_root(path, FOLDERS)
+        if root is None:
+            refuse_raw_cuhk03(path)
+        elif root.name.lower() in ("labeled", "detected"):
+            name = f"{format} {root.name.lower()}"
+        else:  # renamed folders: the number of images tells
+            detected = len(image_files(root / FOLDERS[0])) == PUBLISHED["cuhk03-np detected"].train[0]
+            name = f"{format} {'detected' if detected else 'labeled'}"
+    return read_market_style(path, name, None if format == "market" else PUBLISHED.get(name))

@@ -1,12 +1,12 @@
-"""MSMT17: Wei et al., "Person transfer GAN to bridge domain gap for person re-identification", CVPR 2018. 15 cameras.
+"""MSMT17: Wei et al., "Person transfer GAN to bridge domain gap for person re-identification", CVPR 2018.
 
     list_train.txt    30,248 images  } together 32,621 images of 1,041 identities
     list_val.txt       2,373 images  }
     list_query.txt    11,659 images, 3,060 identities
-    list_gallery.txt  82,161 images, 3,060 identities
+    list_gallery.txt  82,161 images, 3,060 identities; 15 cameras
 A line is "0000/0000_000_01_0303morning_0008_0.jpg 0": path below train/ and test/ (V1) or mask_train_v2/ and
-mask_test_v2/ (V2), and the identity. The camera is the third field of the file's own name. Identities start at 0 in
-train and again in test: the same number is two people, so train and test pids must never be compared.
+mask_test_v2/ (V2), and the identity. The camera is the third field of the file's own name. Identities start
+at 0 in train and again in test: the same number is two people, so train and test pids must never be compared.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def load(path: Path, *, with_val: bool = False) -> ReidData:
         raise FileNotFoundError(f"msmt17: missing file {path / missing}")
     folders = next((pair for pair in VERSIONS if all((root / name).is_dir() for name in pair)), None)
     if folders is None:
-        raise FileNotFoundError(f"msmt17: missing folders {root / 'train'} and test/, or mask_train_v2/ and mask_test_v2/")
+        raise FileNotFoundError(f"msmt17: missing {root}/train and test, or mask_train_v2 and mask_test_v2")
     train_folder, test_folder = (root / name for name in folders)
     train, val = (_read_list(root / name, train_folder) for name in LISTS[:2])
     query, gallery = (_read_list(root / name, test_folder) for name in LISTS[2:])

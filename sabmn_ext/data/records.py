@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package (lists of path, identity, camera) and how one is found on disk."""
+"""A data set as lists of (path, identity, camera), and how one is found on disk."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 FORMATS = ("auto", "market1501", "dukemtmc", "msmt17", "cuhk03-np", "veri776", "market", "csv", "demo")
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-NO_CAMERA_HINT = "switch the camera rule off: --no-camera-rule, or cameras=False in Python"
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+)
+NO_CAMERA_HINT = "switch the camera rule off with --no-camera-rule (in Python: cameras=False)"
 
 
 class ImageRecord(NamedTuple):
@@ -46,7 +48,7 @@ class ReidData:
         return len({record.pid for record in self.train})
 
     def train_labels(self) -> list[int]:
-        """For each training image its class, 0 … num_train_identities − 1, in the order of the sorted pids."""
+        """Each training image's class, 0 … num_train_identities − 1, in the order of sorted pids."""
         labels = {pid: label for label, pid in enumerate(sorted({record.pid for record in self.train}))}
         return [labels[record.pid] for record in self.train]
 
@@ -66,12 +68,14 @@ class Published(NamedTuple):
             if found[0] != images:
                 notes.append(f"{split} has {found[0]:,} images, {data.name} was published with {images:,}")
             if identities is not None and found[1] != identities:
-                notes.append(f"{split} has {found[1]:,} identities, {data.name} was published with {identities:,}")
+                notes.append(
+                    f"{split} has {found[1]:,} identities, {data.name} was published with {identities:,}"
+                )
         return notes
 
 
 def image_files(folder: Path) -> list[str]:
-    """Names of the images in a folder, sorted; hidden files and all that is no image (Thumbs.db, …) left out."""
+    """Sorted names of the images in a folder, without hidden files and what is no image (Thumbs.db)."""
     if not folder.is_dir():
         raise FileNotFoundError(f"missing folder {folder}")
     names = (entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
@@ -79,13 +83,13 @@ def image_files(folder: Path) -> list[str]:
 
 
 def shared_identity_notes(train: Iterable[ImageRecord], test: Iterable[ImageRecord]) -> list[str]:
-    """A note if people of the training set are searched for too: the result then is not about unseen people."""
+    """A note if people of the training set are queries too: the result is not about unseen people then."""
     both = {record.pid for record in train} & {record.pid for record in test}
-    return [f"{len(both):,} identities are in train and among the queries, pid {min(both)} first"] if both else []
+    return [f"{len(both):,} identities are in train and in query, pid {min(both)} first"] if both else []
 
 
 def find_root(path: Path, folders: Iterable[str]) -> Path | None:
-    """`path` or the one folder in it that holds all `folders` (archives unpack to Market-1501-v15.09.15/ and such)."""
+    """`path` or the one folder in it that holds all `folders` (archives unpack to Market-1501-v15.09.15/)."""
     folders = tuple(folders)
 
     def holds(candidate: Path) -> bool:
@@ -103,11 +107,11 @@ def find_root(path: Path, folders: Iterable[str]) -> Path | None:
 def load_data(path: str, *, format: str = "auto", cameras: bool = True, with_val: bool = False) -> ReidData:
     """Reads a data set's file lists; no image is opened.
 
-    path: "demo" or "demo:SEED" for the built-in demo data set, drawn and cached at first use (a folder of that name is
-        "./demo"); a CSV file; or the data set's folder or the folder around it.
+    path: "demo" or "demo:SEED" for the built-in demo data set, drawn and cached at first use (a folder
+        of that name is "./demo"); a CSV file; or the data set's folder or the folder around it.
     format: one of FORMATS. "auto" goes by what is on disk; "market" is anything in Market-1501's folders.
-    cameras: False is for data with one camera or none: every camid becomes −1, has_cameras is False and evaluation
-        runs without the camera rule. With True such data is an error, since no query would keep a match.
+    cameras: False is for data with one camera or none: every camid becomes −1, has_cameras is False and
+        evaluation runs without the camera rule. With True such data is an error: no query would keep a match.
     with_val: MSMT17 only: train on list_val.txt too.
 
     FileNotFoundError names what is missing; ValueError says what is wrong with the data or the argument.
@@ -130,6 +134,7 @@ def load_data(path: str, *, format: str = "auto", cameras: bool = True, with_val
         if found == "csv":
             data = csv_data.load(place)
         elif not place.is_dir():
+            market1501.refuse_raw_cuhk03(place)
             raise ValueError(f"{place} is a file, and format {found!r} is read from a folder")
         elif found == "msmt17":
             data = msmt17.load(place, with_val=with_val)
@@ -145,9 +150,9 @@ def load_data(path: str, *, format: str = "auto", cameras: bool = True, with_val
         return replace(data, train=unknown[0], query=unknown[1], gallery=unknown[2])
     if not data.has_cameras:
         first = next(record.path for record in (*data.query, *data.gallery) if record.camid < 0)
-        raise ValueError(f"no camera is known for {first}, so same-camera matches cannot be left out; {NO_CAMERA_HINT}")
+        raise ValueError(f"the camera of {first} is unknown, so no camera rule; {NO_CAMERA_HINT}")
     if len({record.camid for record in (*data.query, *data.gallery)}) == 1:
-        raise ValueError(f"{data.root}: all query and gallery images are of one camera, so no match is left; {NO_CAMERA_HINT}")
+        raise ValueError(f"{data.root} has one camera for testing: no match is left; {NO_CAMERA_HINT}")
     return data
 
 
@@ -160,14 +165,17 @@ def _detect(place: Path) -> str:
     if not place.is_dir():
         market1501.refuse_raw_cuhk03(place)
         raise ValueError(f"{place} is no data set: give a folder, a .csv file or 'demo'")
-    for name, folders in (("msmt17", msmt17.LISTS), ("veri776", veri776.FOLDERS), ("market", market1501.FOLDERS)):
-        root = find_root(place, folders)
-        if root is not None:
-            return market1501.recognise(root) if name == "market" else name
+    if find_root(place, msmt17.LISTS) is not None:
+        return "msmt17"
+    if find_root(place, veri776.FOLDERS) is not None:
+        return "veri776"
+    root = find_root(place, market1501.FOLDERS)
+    if root is not None:
+        return market1501.recognise(root)
     market1501.refuse_raw_cuhk03(place)
-    missing = [folder for folder in market1501.FOLDERS if not (place / folder).is_dir()]
+    missing = ", ".join(f"{place / name}" for name in market1501.FOLDERS if not (place / name).is_dir())
     raise FileNotFoundError(
-        f"no data set in {place} (nor one folder below): missing {', '.join(str(place / folder) for folder in missing)}. "
-        "Also looked for: MSMT17's list_*.txt, VeRi-776's image_train/image_query/image_test. "
+        f"no data set in {place} (nor one folder below): missing {missing}. Also looked for: "
+        "MSMT17's list_*.txt, VeRi-776's image_train/image_query/image_test. "
         "Any other data can be given as a CSV file with the columns path, pid, camid, split"
     )

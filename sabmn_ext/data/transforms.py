@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, driven by one torch.Generator: the same generator state gives the same batch."""
+"""Augmentation of whole batches by one torch.Generator: the same state of it gives the same batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ERASING: dict[str, tuple[tuple[float, float], tuple[float, float], bool, int]] =
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] → float32 [B, 3, H, W], (x − mean) / std with ImageNet's mean and standard deviation."""
+    """uint8 [B, 3, H, W] → float32 [B, 3, H, W]: (x − mean) / std with ImageNet's values."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (images.to(torch.float32) - mean) / std
 
@@ -28,7 +28,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 def erasing_boxes(
     kind: str, batch: int, height: int, width: int, generator: torch.Generator
 ) -> list[tuple[int, int, int, int] | None]:
-    """For each image a box (top, left, box height, box width) to erase; None if none fitted in the allowed tries."""
+    """For each image a box to erase (top, left, height, width); None if none fitted in the allowed tries."""
     (low, high), (narrow, tall), logarithmic, tries = ERASING[kind]
     draws = torch.rand((batch, tries, 4), generator=generator, dtype=torch.float64)
     area = (low + (high - low) * draws[..., 0]) * height * width
@@ -54,9 +54,9 @@ class TrainTransform:
     """Flip, pad and crop, normalise, erase: uint8 [B, 3, height, width] → float32 of the same shape.
 
     flip_probability: of a left-right flip, for each image.
-    padding: black pixels added at every side before a random crop back to height × width; 0: no crop (the paper's).
-    erasing: "field" (area 0.02-0.4, height / width uniform in 0.3-3.33), "torchvision" (its RandomErasing: area
-        0.02-0.33, 0.3-3.3, log-uniform) or "none"; the box is filled with 0 after normalisation, which is the mean.
+    padding: black pixels added at every side before a random crop back to height × width; 0: no crop.
+    erasing: "field" (area 0.02-0.4, height / width uniform in 0.3-3.33), "torchvision" (its RandomErasing:
+        0.02-0.33, 0.3-3.3, log-uniform) or "none"; filled with 0 after normalisation, which is the mean.
     erasing_probability: for each image.
     """
 
@@ -64,9 +64,9 @@ class TrainTransform:
         self, height: int, width: int, *, flip_probability: float = 0.5, padding: int = 0,
         erasing: str = "field", erasing_probability: float = 0.5,
     ) -> None:  # fmt: skip
-        for name, value in (("flip_probability", flip_probability), ("erasing_probability", erasing_probability)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if not (0 <= flip_probability <= 1 and 0 <= erasing_probability <= 1):
+            given = f"{flip_probability} and {erasing_probability}"
+            raise ValueError(f"flip_probability and erasing_probability must be between 0 and 1, got {given}")
         if padding < 0:
             raise ValueError(f"padding must be 0 or more pixels, got {padding}")
         if erasing not in (*ERASING, "none"):
@@ -79,15 +79,19 @@ class TrainTransform:
     def steps(self) -> list[str]:
         """What happens to an image, in order; "resize" is done while loading."""
         used = {
-            "resize": True, "flip": self.flip_probability > 0, "pad_crop": self.padding > 0, "normalize": True,
+            "resize": True,
+            "flip": self.flip_probability > 0,
+            "pad_crop": self.padding > 0,
+            "normalize": True,
             "erase": self.erasing != "none" and self.erasing_probability > 0,
-        }  # fmt: skip
+        }
         return [name for name, on in used.items() if on]
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         batch = images.shape[0]
         if images.dtype != torch.uint8 or tuple(images.shape) != (batch, 3, self.height, self.width):
-            raise ValueError(f"images must be uint8 [B, 3, {self.height}, {self.width}], got {images.dtype} {[*images.shape]}")
+            wanted = f"uint8 [B, 3, {self.height}, {self.width}]"
+            raise ValueError(f"images must be {wanted}, got {images.dtype} {[*images.shape]}")
         steps = self.steps
         if "flip" in steps:
             flip = torch.rand(batch, generator=generator) < self.flip_probability
@@ -95,7 +99,9 @@ class TrainTransform:
         if "pad_crop" in steps:
             padded = functional.pad(images, (self.padding,) * 4)
             corner = torch.randint(2 * self.padding + 1, (batch, 2), generator=generator).tolist()
-            images = torch.stack([padded[i, :, y : y + self.height, x : x + self.width] for i, (y, x) in enumerate(corner)])
+            images = torch.stack(
+                [padded[i, :, y : y + self.height, x : x + self.width] for i, (y, x) in enumerate(corner)]
+            )
         out = normalize(images)
         if "erase" in steps:
             erase = torch.rand(batch, generator=generator) < self.erasing_probability

@@ -1,4 +1,4 @@
-"""VeRi-776, vehicles: Liu et al., "Large-scale vehicle re-identification in urban surveillance videos", ICME 2016.
+"""VeRi-776: Liu et al., "Large-scale vehicle re-identification in urban surveillance videos", ICME 2016.
 
     image_train/  37,778 images,  576 vehicles
     image_query/   1,678 images,  200 vehicles
