@@ -52,9 +52,10 @@ def read_features(file: Path) -> tuple[Side, Side]:
     if not file.is_file():
         raise FileNotFoundError(f"features {file}: no such file")
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise ValueError("it holds one bare array; write it with numpy.savez")
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("it holds one bare array; write it with numpy.savez")
+        with archive:
             arrays = {name: archive[name] for name in (*NEEDED, *OPTIONAL) if name in archive.files}
             found = archive.files
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
@@ -89,7 +90,7 @@ def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
     path = args.data or config["data"]["path"]
     if path is None:
         raise ValueError("the checkpoint names no data set; give --data PATH")
-    trained_on = {"format": "auto", "cameras": True} if args.data else config["data"]
+    trained_on: dict[str, Any] = {"format": "auto", "cameras": True} if args.data else config["data"]
     cameras = trained_on["cameras"] and not args.no_camera_rule
     data = load_data(path, format=args.format or trained_on["format"], cameras=cameras)
     for note in data.notes:
@@ -129,8 +130,7 @@ def run(args: argparse.Namespace) -> None:
         if file is not None and not file.resolve().parent.is_dir():
             raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
     if args.features:
-        given = [name for name in ("data", "format", "batch_size") if getattr(args, name) is not None]
-        given += [name for name in ("flip",) if getattr(args, name)]
+        given = [name for name in ("data", "format", "batch_size", "flip") if getattr(args, name)]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} goes with --checkpoint, not with --features")
         query, gallery = read_features(args.features)

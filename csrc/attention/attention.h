@@ -1,7 +1,7 @@
 // Self-attention over a feature map with its projections, residual and gradients.
 //
 //   query = w_query x + b_query,  key, value alike;  p[i, j] = softmax over i of key_i · query_j;
-//   out_j = Σ_i p[i, j] value_i;  y = gamma (w_out out + b_out) + x;  lse_j = log Σ_i exp(key_i · query_j).
+//   out_j = Σ_i p[i, j] value_i;  y = gamma (w_out out + b_out) + x.
 //
 // The N×N map is stored nowhere. The matrices written "[B, d, N]" are contiguous; images go through their strides.
 #pragma once
@@ -32,7 +32,8 @@ struct AttentionInputs {
     const void *b_query, *b_key, *b_value, *b_out;
     void *query, *key;            // [B, key_width, N]: the forward writes them, the backward reads them, and so for
     void *value, *out;            // [B, value_width, N]
-    void *lse;                    // [B, N]
+    void *lse;                    // [B, 2, N]: the logits' maximum m_j, and log Σ_i exp(key_i · query_j − m_j). Their sum
+                                  // would lose the second beside logits of 10³
     void *scratch;                // threads × attention_scratch() elements
 };
 

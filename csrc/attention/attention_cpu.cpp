@@ -120,6 +120,22 @@ void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_s
     }
 }
 
+// sums[lane] = Σ over rows of a·b, added up exactly as product() does it: where a row of the map is one-hot, its gradient
+// of the map less this sum is then 0, not rounding noise times a large logit's gradient.
+template <typename T>
+void row_terms(int64_t rows, const T* a, const T* b, T* sums) {
+    for (int64_t lane = 0; lane < lanes; lane += vector_lanes<T>) {
+        Vector<T> total = {};
+        for (int64_t row = 0; row < rows; row += chunk) {
+            Vector<T> sum = {};
+            for (int64_t k = row; k < rows && k < row + chunk; ++k)
+                sum += vector_at(a + k * lanes + lane) * vector_at(b + k * lanes + lane);
+            total = row ? total + sum : sum;
+        }
+        vector_at(sums + lane) = total;
+    }
+}
+
 // ---- tiles ----
 
 // Calls f(vector of lanes' address offset) for each row of a tile.
@@ -272,8 +288,11 @@ void forward(const AttentionInputs& in, const Image& y) {
         }
         each_vector<T>(dv, [&](int64_t at) { vector_at(out + at) /= vector_at(total + at % lanes); });
         store_tile(in.out, dv, N, image * dv * N + first, count, out);
-        for (int64_t lane = 0; lane < count; ++lane)
-            static_cast<T*>(in.lse)[image * N + first + lane] = static_cast<T>(maximum[lane] + __builtin_log(total[lane]));
+        T* const lse = static_cast<T*>(in.lse) + image * 2 * N + first;
+        for (int64_t lane = 0; lane < count; ++lane) {
+            lse[lane] = maximum[lane];
+            lse[N + lane] = static_cast<T>(__builtin_log(total[lane]));
+        }
 
         const Window<T> x(in.x, in.width, image, first, count), to(y, in.width, image, first, count);
         T* const tile = map;
@@ -347,8 +366,9 @@ void backward(const AttentionInputs& in, const AttentionGradients& g) {
         T* const context = map_gradient + chunk * lanes;
         T* const query = context + dv * lanes;
         T* const query_gradient = query + dk * lanes;
+        T* const out = query_gradient + dk * lanes;
         const Window<T> grad_y(g.grad_y, in.width, image, first, count);
-        T rows[lanes] = {}, bias_terms[lanes] = {}, lse[lanes];
+        T rows[lanes], bias_terms[lanes] = {}, lse[2 * lanes];
         for (int64_t c = 0; c < C; c += chunk) {
             const int64_t channels = smaller(chunk, C - c);
             T* const tile = in.w_out ? map : context + c * lanes;
@@ -360,9 +380,8 @@ void backward(const AttentionInputs& in, const AttentionGradients& g) {
                 });
         }
         store_tile(g.context, dv, N, image * dv * N + first, count, context);
-        const T* out = static_cast<const T*>(in.out) + image * dv * N + first;
-        for (int64_t row = 0; row < dv; ++row)
-            for (int64_t lane = 0; lane < count; ++lane) rows[lane] += context[row * lanes + lane] * out[row * N + lane];
+        load_tile(in.out, dv, N, image * dv * N + first, count, out);
+        row_terms(dv, context, out, rows);
         for (int64_t lane = 0; lane < count; ++lane) {
             row_term[image * N + first + lane] = rows[lane];
             gamma_term[image * N + first + lane] = rows[lane] + bias_terms[lane];
@@ -372,13 +391,14 @@ void backward(const AttentionInputs& in, const AttentionGradients& g) {
         const T* key = static_cast<const T*>(in.key) + image * dk * N;
         const T* value = static_cast<const T*>(in.value) + image * dv * N;
         load_tile(in.query, dk, N, image * dk * N + first, count, query);
-        load_tile(in.lse, 1, N, image * N + first, count, lse);
+        load_tile(in.lse, 2, N, image * 2 * N + first, count, lse);
         for (int64_t i = 0; i < N; i += chunk) {
             const int64_t keys = smaller(chunk, N - i);
             product(keys, dk, key + i, 1, N, query, map, false);
             product(keys, dv, value + i, 1, N, context, map_gradient, false);
             each_vector<T>(keys, [&](int64_t at) {
-                const Vector<T> p = exponential<T>(vector_at(map + at) - vector_at(lse + at % lanes));
+                const T* const parts = lse + at % lanes;
+                const Vector<T> p = exponential<T>(vector_at(map + at) - vector_at(parts) - vector_at(parts + lanes));
                 vector_at(map + at) = p * gamma * (vector_at(map_gradient + at) - vector_at(rows + at % lanes));
             });
             product(dk, keys, key + i, N, 1, map, query_gradient, i > 0);
@@ -395,7 +415,7 @@ void backward(const AttentionInputs& in, const AttentionGradients& g) {
         T* const value_gradient = key_gradient + dk * lanes;
         const T* query = static_cast<const T*>(in.query) + image * dk * N;
         const T* context = static_cast<const T*>(g.context) + image * dv * N;
-        const T* lse = static_cast<const T*>(in.lse) + image * N;
+        const T* lse = static_cast<const T*>(in.lse) + image * 2 * N;
         load_tile(in.key, dk, N, image * dk * N + first, count, key);
         load_tile(in.value, dv, N, image * dv * N + first, count, value);
         for (int64_t j = 0; j < N; j += chunk) {
@@ -404,7 +424,7 @@ void backward(const AttentionInputs& in, const AttentionGradients& g) {
             product(queries, dv, context + j, 1, N, value, map_gradient, false);
             each_vector<T>(queries, [&](int64_t at) {
                 const int64_t row = j + at / lanes;
-                const Vector<T> p = exponential<T>(vector_at(map + at) - lse[row]) * gamma;
+                const Vector<T> p = exponential<T>(vector_at(map + at) - lse[row] - lse[N + row]) * gamma;
                 vector_at(map + at) = p;
                 vector_at(map_gradient + at) = p * (vector_at(map_gradient + at) - row_term[image * N + row]);
             });

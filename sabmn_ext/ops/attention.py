@@ -1,18 +1,14 @@
 """Self-attention over a feature map, y = γ·a + x, as one operation: schema, checks, dispatch, autograd.
 
-The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020).
-Private operations do one pass each and have no gradient of their own::
+The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020)::
 
-    self_attention2d → _Attention → sabmn_ext::attention_forward
-                            ↓ backward
-                       _AttentionGradient → sabmn_ext::attention_backward
-                            ↓ backward
-                       torch.func.vjp of vjp(reference.self_attention2d)      the only step that holds an N×N map
-
-Both Functions are in the ``setup_context`` form with a generated vmap rule, which torch.func needs.
+    self_attention2d → _Attention → sabmn_ext::attention_forward                (no gradient of its own)
+            backward → _AttentionGradient → sabmn_ext::attention_backward       (no gradient of its own)
+            backward → torch.func.vjp of vjp(reference.self_attention2d)        (the only step that holds an N×N map)
 """
 
 import functools
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -30,7 +26,6 @@ _INPUTS = (
 _N_INPUTS = 10
 _BIASES = ("b_query", "b_key", "b_value", "b_out")
 _SAVED = "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse"
-
 _library = torch.library.Library("sabmn_ext", "FRAGMENT")
 _library.define(f"attention_forward({_INPUTS}, str? backend) -> (Tensor y, {_SAVED})")
 # One gradient for each input; an empty tensor where `needs` says that it is not wanted.
@@ -38,8 +33,6 @@ _library.define(
     f"attention_backward(Tensor grad_y, {_INPUTS}, {_SAVED}, bool[] needs, str? backend) "
     f"-> ({', '.join(['Tensor'] * _N_INPUTS)})"
 )
-for _operation in ("attention_forward", "attention_backward"):
-    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.float64))
 
 
 def self_attention2d(
@@ -87,8 +80,7 @@ def self_attention2d(
     _check(x, weights, gamma, biases)
     flat = [None if w is None else w.flatten(1) for w in weights]
     scale = gamma.reshape(()).to(reference.wide(x.dtype))
-    y: Tensor = _Attention.apply(x, *flat, scale, *biases, backend)[0]
-    return y
+    return _Attention.apply(x, *flat, scale, *biases, backend)[0]  # type: ignore[no-any-return]
 
 
 def attention_map(
@@ -105,15 +97,13 @@ def attention_map(
 
 
 def _cast(x: Tensor, *groups: list[Tensor | None]) -> tuple[Any, ...]:
-    """x and the groups as autocast wants them."""
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), *([None if t is None else t.to(dtype) for t in group] for group in groups)
     return x, *groups
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The operations themselves run in the dtypes they are given."""
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:  # what is inside runs in the dtypes it is given
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -141,19 +131,17 @@ def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, bi
             continue
         given = tensor.shape[:-2] if tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3] == 1 else tensor.shape
         if given != shape or given[0] == 0:
-            convolution = f" or {[*shape, 1, 1]}" if len(shape) == 2 else ""
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}{convolution} ({why})")
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)} ({why})")
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}, as x (or use torch.autocast)")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
     if biases[3] is not None and w_out is None:
         raise ValueError("b_out is given, but w_out is None; without an output projection there is no output bias")
-    if gamma is not None:
-        if gamma.dim() > 1 or gamma.numel() != 1:
-            raise ValueError(f"gamma has shape {list(gamma.shape)}; expected one number, of shape [] or [1]")
-        if not gamma.is_floating_point() or gamma.device != x.device:
-            raise TypeError(f"gamma is {gamma.dtype} on {gamma.device}; expected a float on {x.device}, where x is")
+    one_number = gamma is None or (gamma.numel() == 1 >= gamma.dim() and gamma.is_floating_point())
+    if gamma is not None and not (one_number and gamma.device == x.device):
+        found = f"{list(gamma.shape)} {gamma.dtype} on {gamma.device}"
+        raise ValueError(f"gamma is {found}; expected one float number, of shape [] or [1], on {x.device}")
 
 
 # ---- the operations ----
@@ -170,16 +158,15 @@ def _forward_outputs(x: Tensor, w_query: Tensor, w_value: Tensor) -> tuple[Tenso
     """y, query, key, value, out, lse, uninitialised."""
     batch, positions = x.shape[0], x.shape[2] * x.shape[3]
     widths = (w_query.shape[0], w_query.shape[0], w_value.shape[0], w_value.shape[0])
-    lse = x.new_empty(batch, positions, dtype=reference.wide(x.dtype))
+    lse = x.new_empty(batch, 2, positions, dtype=reference.wide(x.dtype))
     return _empty_image(x), *(x.new_empty(batch, width, positions) for width in widths), lse
 
 
 def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     """One gradient for each input, uninitialised; an empty tensor for one that is not wanted."""
-    x = inputs[0]
-    assert x is not None
+    x: Any = inputs[0]
     outputs = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else x.new_empty(0)
+        x.new_empty(t.shape, dtype=t.dtype) if t is not None and need else x.new_empty(0)
         for t, need in zip(inputs, needs, strict=True)
     ]
     return [_empty_image(x), *outputs[1:]] if needs[0] else outputs
@@ -192,7 +179,7 @@ def _native_inputs(
     assert _native.module is not None
     threads, key_width, value_width = torch.get_num_threads(), saved[0].shape[1], saved[2].shape[1]
     scratch = x.new_empty(threads * _native.module.attention_scratch(key_width, value_width))
-    addresses = [_address(t) for t in parameters]
+    addresses = _addresses(parameters)
     arguments = {
         "dtype": dispatch.DTYPE_CODES[x.dtype],
         "threads": threads,
@@ -201,15 +188,14 @@ def _native_inputs(
         "x_strides": x.stride(),
         "weights": addresses[:5],
         "biases": addresses[5:],
-        "saved": [_address(t) for t in saved],
+        "saved": _addresses(saved),
         "scratch": scratch.data_ptr(),
     }
     return arguments, scratch
 
 
-def _address(tensor: Tensor | None) -> int:
-    """0 where there is nothing to point to."""
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -249,7 +235,7 @@ def _native_backward(
     grad_query = torch.empty_like(query) if needs[0] or needs[1] or needs[6] else None
     through_key = needs[0] or needs[2] or needs[3] or needs[8]
     grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if through_key else (None, None)
-    context, row_term = torch.empty_like(value), lse.new_empty(2, *lse.shape)
+    context, row_term = torch.empty_like(value), torch.empty_like(lse)
     shared, _scratch = _native_inputs(x, parameters, saved)
     status = _native.module.attention_backward(
         **shared,
@@ -257,16 +243,14 @@ def _native_backward(
         grad_y_strides=grad_y.stride(),
         grad_x=grads[0].data_ptr() if needs[0] else 0,
         grad_x_strides=grads[0].stride() if needs[0] else (0, 0, 0, 0),
-        gradients=[grad.data_ptr() if need else 0 for grad, need in zip(grads[1:6], needs[1:6], strict=True)],
-        workspaces=[_address(t) for t in (grad_query, grad_key, grad_value, context, row_term)],
+        gradients=_addresses([grad if need else None for grad, need in zip(grads[1:6], needs[1:6], strict=True)]),
+        workspaces=_addresses([grad_query, grad_key, grad_value, context, row_term]),
     )
     dispatch.check_status(status, "attention_backward", x)
-    if needs[6] and grad_query is not None:
-        torch.sum(grad_query, (0, 2), out=grads[6])
-    if needs[7]:
-        grads[7].zero_()  # a key bias cancels in the softmax
-    if needs[8] and grad_value is not None:
-        torch.sum(grad_value, (0, 2), out=grads[8])
+    grads[7].zero_()  # a key bias cancels in the softmax
+    for i, grad in ((6, grad_query), (8, grad_value)):
+        if needs[i] and grad is not None:
+            torch.sum(grad, (0, 2), out=grads[i])
     if needs[9]:
         torch.sum(grad_y, (0, 2, 3), out=grads[9]).mul_(parameters[4])  # type: ignore[arg-type]
     return tuple(grads)
@@ -286,6 +270,7 @@ for _operation, _implementation, _fake in (
     ("attention_forward", _forward, lambda x, *rest: _forward_outputs(x, rest[0], rest[2])),
     ("attention_backward", _backward, lambda _, *rest: tuple(_gradient_outputs(rest[:_N_INPUTS], rest[-2]))),
 ):
+    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.float64))
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)
     _vmap = functools.partial(_one_by_one, getattr(torch.ops.sabmn_ext, _operation))
@@ -294,7 +279,8 @@ for _operation, _implementation, _fake in (
 
 # ---- autograd ----
 #
-# The Functions' parameters are written out one by one: torch.compile counts them.
+# The Functions' parameters are written out one by one: torch.compile counts them. `apply` asks for the signature at
+# every call, which takes 20 µs unless it is at hand.
 
 
 class _Attention(torch.autograd.Function):
@@ -365,7 +351,11 @@ class _AttentionGradient(torch.autograd.Function):
         return (*_spread(seconds, present), *[None] * 7)  # the saved five, needs, backend
 
 
+for _function in (_Attention, _AttentionGradient):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore
+
+
 def _spread(tensors: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor | None]:
     """The tensors at the places where ``present``, None at the others."""
-    left = list(tensors)
-    return [left.pop(0) if here else None for here in present]
+    left = iter(tensors)
+    return [next(left) if here else None for here in present]

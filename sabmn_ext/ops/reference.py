@@ -86,20 +86,24 @@ def self_attention2d_forward(
     b_value: Tensor | None = None,
     b_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same in blocks of queries: y; for the backward query, key, value, out ``[B, d, N]`` and lse ``[B, N]``.
+    """The same in blocks of queries: y; for the backward query, key, value, out ``[B, d, N]`` and lse ``[B, 2, N]``.
 
-    ``lse_j = log Σ_i exp(key_i · query_j)``, at least float32.
+    lse, at least float32, is ``log Σ_i exp(key_i · query_j)`` in two parts, the logits' maximum m and
+    ``log Σ_i exp(key_i · query_j − m)``: their sum would lose the second beside logits of 10³.
     """
     dtype = wide(x.dtype)
     flat = x.flatten(2)
     query, key = project(flat, w_query, b_query), project(flat, w_key, b_key)
     value = project(flat, w_value, b_value)
     out = torch.empty_like(value)
-    lse = query.new_empty(query[:, 0].shape, dtype=dtype)
+    lse = query.new_empty(query.shape[0], 2, query.shape[2], dtype=dtype)
     for block in _query_blocks(query):
         logits = query[..., block].mT.to(dtype) @ key.to(dtype)  # [B, block, N]
-        lse[:, block] = logits.logsumexp(-1)
-        out[..., block] = value.to(dtype) @ (logits - lse[:, block, None]).exp().mT
+        maximum = logits.amax(-1)
+        powers = (logits - maximum[..., None]).exp()
+        total = powers.sum(-1)
+        lse[..., block] = torch.stack((maximum, total.log()), 1)
+        out[..., block] = value.to(dtype) @ (powers / total[..., None]).mT
     a = project(out, w_out, b_out)
     y = (gamma.reshape(()) * a.to(dtype) + flat).to(x.dtype).reshape(x.shape)
     return y, query, key, value, out, lse
@@ -117,34 +121,35 @@ def self_attention2d_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,  # [B, N]
+    lse: Tensor,  # [B, 2, N]
     *,
     b_out: Tensor | None = None,
     needs: Sequence[bool] = (True,) * 10,
 ) -> list[Tensor | None]:
     """The gradients of x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out, in blocks of queries.
 
-    None where ``needs`` says that one is not wanted. With ``context = w_outᵀ grad_y`` the softmax's row term is
-    ``gamma · Σ context · out``, and the same sum (with ``Σ grad_y · b_out``) is gamma's gradient: there is no division
-    by gamma, which is 0 at the start. A key bias cancels in the softmax: its gradient is 0.
+    None where ``needs`` says that one is not wanted. With ``context = w_outᵀ grad_y`` gamma's gradient is
+    ``Σ context · out + Σ grad_y · b_out``: there is no division by gamma, which is 0 at the start. A key bias cancels in
+    the softmax: its gradient is 0.
     """
     need_x, need_query, need_key, need_value, need_out, need_gamma, *need_bias = needs
     dtype = wide(x.dtype)
     flat, grad = x.flatten(2), grad_y.flatten(2)  # [B, C, N]
     gamma = gamma.reshape(()).to(dtype)
     context = (grad if w_out is None else w_out.flatten(1).mT @ grad).to(dtype)  # [B, value width, N]
-    row_term = (context * out).sum(1)  # [B, N]
     grad_query = torch.empty_like(query, dtype=dtype)
     grad_key = torch.zeros_like(key, dtype=dtype)
     grad_value = torch.zeros_like(value, dtype=dtype)
     through_map = need_x or need_query or need_key or need_value or any(need_bias[:3])
     for block in _query_blocks(query) if through_map else []:
         part = context[..., block]
-        beta = (query[..., block].mT.to(dtype) @ key.to(dtype) - lse[:, block, None]).exp() * gamma  # [B, block, N]
-        grad_value += part @ beta
-        beta *= part.mT @ value.to(dtype) - row_term[:, block, None]  # now the logits' gradient
-        grad_query[..., block] = key.to(dtype) @ beta.mT
-        grad_key += query[..., block].to(dtype) @ beta
+        maximum, log_total = lse[:, 0, block, None], lse[:, 1, block, None]
+        beta = (query[..., block].mT.to(dtype) @ key.to(dtype) - maximum - log_total).exp()  # [B, block, N]
+        grad_value += gamma * (part @ beta)
+        grad_beta = part.mT @ value.to(dtype)
+        grad_logits = gamma * beta * (grad_beta - (beta * grad_beta).sum(-1, keepdim=True))
+        grad_query[..., block] = key.to(dtype) @ grad_logits.mT
+        grad_key += query[..., block].to(dtype) @ grad_logits
 
     def weight_gradient(grad_part: Tensor, weight: Tensor) -> Tensor:
         return (grad_part.to(x.dtype) @ flat.mT).sum(0).view(weight.shape)
@@ -156,9 +161,11 @@ def self_attention2d_backward(
         return total.reshape(x.shape)
 
     def bias_gradient(grad_part: Tensor) -> Tensor:
-        return grad_part.sum((0, 2)).to(x.dtype)
+        return grad_part.sum((0, 2), dtype=dtype).to(x.dtype)
 
-    grad_gamma = row_term.sum() if b_out is None else row_term.sum() + (grad.sum((0, 2)).to(dtype) * b_out).sum()
+    grad_gamma = (context * out).sum()
+    if b_out is not None:
+        grad_gamma = grad_gamma + (grad.sum((0, 2), dtype=dtype) * b_out).sum()
     return [
         input_gradient() if need_x else None,
         weight_gradient(grad_query, w_query) if need_query else None,
@@ -241,7 +248,7 @@ def _lane_sum(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    # torch's float64 square root on the CPU is off by one unit in the last place for one value in eighty; numpy's is not.
+    # torch's float64 square root on the CPU misses the nearest number for one value in eighty; numpy's does not.
     return torch.from_numpy(np.sqrt(x.detach().numpy())) if x.device.type == "cpu" else x.sqrt()
 
 

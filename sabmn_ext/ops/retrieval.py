@@ -146,7 +146,7 @@ def _count_nonmatches(
     if dispatch.choose("count_nonmatches", backend, gallery.device, gallery.dtype) == "torch":
         if query is None:
             return reference.count_nonmatches_in_rows(gallery, *matches)
-        return reference.count_nonmatches(query, gallery, *matches, metric)
+        return reference.count_nonmatches(query, gallery, query_pids, gallery_pids, offsets, distances, indices, metric)
     assert _native.module is not None
     rows, columns = gallery.shape if query is None else (len(query), len(gallery))
     lengths = (rows, columns, rows + 1, len(indices), len(indices))

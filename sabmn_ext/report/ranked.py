@@ -44,7 +44,7 @@ def nearest(query: Side, gallery: Side, index: int, k: int, metric: str) -> tupl
         valid &= (gallery.pids != query.pids[index]) | (gallery.camids != query.camids[index])
     items = torch.from_numpy(valid.nonzero()[0])
     distances = torch.ops.sabmn_ext.pair_distances(
-        query.features, gallery.features, torch.full_like(items, index), items, metric
+        query.features, gallery.features, torch.full_like(items, index), items, metric, None
     )
     order = distances.argsort(stable=True)[:k]
     shown = distances[order].sqrt() if metric == "euclidean" else distances[order]
@@ -93,6 +93,6 @@ def draw_ranked(
         items, distances = nearest(query, gallery, q, k, metric)
         for position, (item, distance) in enumerate(zip(items, distances, strict=True), start=1):
             color = GREEN if gallery.pids[item] == query.pids[q] else RED
-            lines = (camera(gallery, item), f"{distance:.3g}")
+            lines = (camera(gallery, item), f"{distance:#.3g}")
             place(gallery.paths[item], 2 * gap + position * cell, y, color, lines)
     sheet.save(file)

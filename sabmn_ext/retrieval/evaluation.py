@@ -55,9 +55,9 @@ def evaluate_retrieval(
         TypeError, ValueError: input that cannot be evaluated; NaN or infinite features (names the row), zero features
             with the cosine metric, no query with a valid match (says why).
 
-    >>> features = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-    >>> evaluate_retrieval(features, features, [1, 1, 2, 2], [1, 1, 2, 2], exclude_self=True).rank(1)
-    1.0
+    >>> query, gallery = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.5], [0.0, 2.0], [0.0, 9.0]])
+    >>> evaluate_retrieval(query, gallery, [7], [8, 7, 7], [1], [1, 2, 2]).map  # matches at ranks 2 and 3
+    0.5833333333333333
     """
     query, gallery = as_matrix("query_features", query_features), as_matrix("gallery_features", gallery_features)
     if query.dtype != gallery.dtype or query.device != gallery.device:
@@ -100,6 +100,9 @@ def evaluate_distances(
 
     Raises:
         TypeError, ValueError: as there; NaN (names row and column); rows that are too few, too many or too long.
+
+    >>> evaluate_distances(np.array([[0.5, 1.0, 8.0]]), [7], [8, 7, 7], [1], [1, 2, 2]).rank(2)
+    1.0
     """
     num_queries, num_gallery = len(query_pids), len(gallery_pids)
     sizes = num_queries, num_gallery

@@ -35,7 +35,7 @@ def extract_features(
         flip: average the features of each image and its mirror image.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast).
         on_error: ``"stop"`` raises at an unreadable image, ``"skip"`` leaves it out.
-        progress: a progress bar on stderr.
+        progress: a progress bar, where stderr is a terminal.
         indices: takes up the index into ``records`` of each row that is returned; needed with ``"skip"``.
 
     Returns:
@@ -64,7 +64,9 @@ def extract_features(
         with (
             torch.inference_mode(),
             torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
-            tqdm(total=len(records), unit="image", desc="features", disable=not progress, leave=False) as bar,
+            tqdm(
+                total=len(records), unit="image", desc="features", disable=None if progress else True, leave=False
+            ) as bar,
         ):
             for images, batch_indices in batches:
                 images = images.to(device)

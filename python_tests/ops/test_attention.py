@@ -1,0 +1,531 @@
+"""The attention operation against a literal module in float64; its derivatives, transforms, threads and errors."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from float64_rule import assert_close_to_float64
+from torch import Tensor
+from torch.nn import functional
+
+from sabmn_ext import _native
+from sabmn_ext.functional import attention_map, self_attention2d
+from sabmn_ext.ops import dispatch, reference
+
+NAMES = ["x", "w_query", "w_key", "w_value", "w_out", "gamma", "b_query", "b_key", "b_value", "b_out"]
+Inputs = list[Tensor | None]
+
+needs_native = pytest.mark.skipif(_native.module is None, reason=_native.missing_reason)
+BACKENDS = [pytest.param("cpu", marks=needs_native), "torch"]
+
+# B, C, H, W, key width, value width, biases, output projection; around tiles of 64 positions and chunks of 128 rows.
+SIZES = [
+    (2, 16, 5, 7, 3, 4, True, True),
+    (1, 70, 13, 17, 9, 70, True, False),
+    (3, 8, 1, 1, 1, 1, False, True),
+    (2, 33, 65, 1, 5, 7, False, True),
+    (1, 131, 9, 15, 129, 130, True, True),
+    (2, 24, 16, 8, 24, 24, False, False),
+]
+
+
+def draw(sizes: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64, layout: str = "contiguous") -> Inputs:
+    """The ten inputs: logits of a few units, gamma in ±[0.5, 2]."""
+    batch, channels, height, width, d, value_width, biases, projection = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    x = normal(batch, channels, height, width)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        wide = normal(batch, channels + 3, height + 1, 2 * width + 1)
+        x = wide[:, 2:-1, 1:, 1::2]
+    elif layout == "sliced channels_last":
+        x = normal(batch, channels + 3, height + 2, width).to(memory_format=torch.channels_last)[:, 3:, 2:]
+    gamma = torch.rand((), generator=generator, dtype=torch.float64) * 1.5 + 0.5
+    if torch.rand((), generator=generator) < 0.5:
+        gamma = -gamma
+    weights = [
+        normal(d, channels, scale=1.2 * channels**-0.5),
+        normal(d, channels, scale=1.2 * channels**-0.5),
+        normal(value_width, channels, scale=channels**-0.5),
+        normal(channels, value_width, scale=value_width**-0.5) if projection else None,
+    ]
+    lengths = [d, d, value_width, channels if projection else 0]
+    return [x, *weights, gamma.to(dtype), *[normal(n) if biases and n else None for n in lengths]]
+
+
+def call(inputs: Inputs, backend: str | None = None) -> Tensor:
+    return self_attention2d(*inputs[:6], **dict(zip(NAMES[6:], inputs[6:], strict=True)), backend=backend)
+
+
+def literal(inputs: Inputs) -> Tensor:
+    """The block as the copied eager modules write it: convolutions, two products, a softmax over the whole map."""
+    x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out = inputs
+    query, key, value = (
+        functional.conv2d(x, w[:, :, None, None], b).flatten(2)
+        for w, b in ((w_query, b_query), (w_key, b_key), (w_value, b_value))
+    )
+    attention = torch.softmax(torch.bmm(query.transpose(1, 2), key), dim=-1)
+    out = torch.bmm(value, attention.transpose(1, 2)).view(x.shape[0], -1, *x.shape[2:])
+    if w_out is not None:
+        out = functional.conv2d(out, w_out[:, :, None, None], b_out)
+    return gamma * out + x
+
+
+def with_gradients(function: object, inputs: Inputs, grad_y: Tensor) -> list[Tensor]:
+    """The output, then the gradient of every input that is there."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    y = function(leaves)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], grad_y)]
+
+
+def check(draws: list[Inputs], backend: str | None) -> list[Tensor]:
+    """Holds output and every gradient against float64, and asserts that they are not trivially right.
+
+    Several draws of one size are compared as one tensor: of a single number, such as gamma's gradient, one draw would
+    say little about plain torch's error.
+    """
+    expected, ours, plain, exact = backend or "torch", [], [], []
+    for inputs in draws:
+        x = inputs[0]
+        generator = torch.Generator().manual_seed(7)
+        grad_y = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        with dispatch.record() as calls:
+            ours.append(with_gradients(lambda t: call(t, backend), inputs, grad_y))
+        assert calls == [("attention_forward", expected), ("attention_backward", expected)]
+        plain.append(with_gradients(literal, inputs, grad_y))
+        exact.append(with_gradients(literal, [None if t is None else t.double() for t in inputs], grad_y.double()))
+    names = ["y", *[name for name, t in zip(NAMES, inputs, strict=True) if t is not None]]
+    columns = [[torch.stack(parts) for parts in zip(*results, strict=True)] for results in (ours, plain, exact)]
+    for name, our, other, truth in zip(names, *columns, strict=True):
+        try:
+            if x.dtype == torch.float64:  # the truth has this precision itself: plain torch has no error to allow for
+                torch.testing.assert_close(our, truth, rtol=0, atol=1e-11 * (1 + truth.abs().max().item()))
+            else:
+                assert_close_to_float64(our, other, truth)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+        one_position = x.shape[2] * x.shape[3] == 1 and name in ("w_query", "w_key", "b_query")
+        assert name == "b_key" or one_position or our.abs().max() > 0, f"{name} is 0 everywhere"
+    return ours[0]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "sliced channels_last"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_and_gradients(backend: str, dtype: torch.dtype, sizes: tuple[int, ...], layout: str, seed: int) -> None:
+    draws = [draw(sizes, 10 * seed + i, dtype, layout) for i in range(3)]
+    y, grad_x, *_ = check(draws, backend)
+    if sizes[1] > 1 and sizes[2] * sizes[3] > 1:
+        memory_format = torch.channels_last if "channels_last" in layout else torch.contiguous_format
+        assert y.is_contiguous(memory_format=memory_format)
+        assert grad_x.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("repetition", range(5))
+def test_output_and_gradients_of_random_sizes(repetition: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(1000 * seed + repetition)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    channels, projection = pick(2, 150), pick(0, 1)
+    value_width = pick(1, 150) if projection else channels
+    sizes = (pick(1, 3), channels, pick(1, 20), pick(1, 20), pick(1, 150), value_width, pick(0, 1) == 1, projection == 1)
+    backend = "torch" if _native.module is None else "cpu"
+    check([draw(sizes, 10 * seed + i, torch.float32) for i in range(3)], backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES[:3], ids=str)
+def test_low_precision_runs_in_plain_torch(sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+    check([draw(sizes, 10 * seed + i, dtype) for i in range(8)], None)
+    if _native.module is not None:
+        with pytest.raises(RuntimeError, match="serves float32, float64"):
+            call(draw(sizes, seed, dtype), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@needs_native
+def test_every_instruction_set(isa: str, dtype: torch.dtype, seed: int) -> None:
+    before = _native.module.isa()
+    try:
+        try:
+            _native.module.set_isa(isa)
+        except ValueError as error:
+            pytest.skip(str(error))
+        for sizes in (SIZES[0], SIZES[4]):
+            for make in (draw, sharp):
+                check([make(sizes, 10 * seed + i, dtype) for i in range(3)], "cpu")
+    finally:
+        _native.module.set_isa(before)
+
+
+def sharp(sizes: tuple[int, ...], seed: int, dtype: torch.dtype) -> Inputs:
+    """Inputs with logits of about ±1000, so that most rows of the map are one-hot; the logits are exact in float32.
+
+    x, w_query and w_key hold small integers: what is tested is softmax and its gradient, not the rounding of a logit.
+    """
+    inputs = draw(sizes, seed, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for i in (0, 1, 2):
+        inputs[i] = torch.randint(-2, 3, inputs[i].shape, generator=generator).to(dtype)
+    inputs[6] = inputs[7] = None
+    x = inputs[0]
+    logits = torch.bmm(
+        functional.conv2d(x, inputs[1][:, :, None, None]).flatten(2).mT,
+        functional.conv2d(x, inputs[2][:, :, None, None]).flatten(2),
+    )
+    factor = 2.0 ** round(float(torch.log2(1000 / logits.abs().max())))
+    inputs[1] = inputs[1] * factor
+    return inputs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_a_thousand(backend: str, seed: int) -> None:
+    draws = [sharp(SIZES[0], 10 * seed + i, torch.float32) for i in range(3)]
+    one_hot = [(attention_map(*inputs[:3]).amax(-1) > 0.999).float().mean() for inputs in draws]
+    assert min(one_hot) > 0.5, "most rows are meant to be one-hot"
+    check(draws, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gamma_zero_is_the_identity(backend: str, layout: str, seed: int) -> None:
+    inputs = draw(SIZES[0], seed, torch.float32, layout)
+    inputs[5] = torch.zeros(())
+    grad_y = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed))
+    y, *grads = with_gradients(lambda t: call(t, backend), inputs, grad_y)
+    assert torch.equal(y, inputs[0])
+    by_name = dict(zip(NAMES, grads, strict=True))
+    assert torch.equal(by_name.pop("x"), grad_y)
+    assert by_name.pop("gamma").abs() > 0
+    assert all(not grad.any() for grad in by_name.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend: str) -> None:
+    inputs = draw((0, 8, 3, 5, 2, 3, True, True), 0, torch.float32)
+    y, *grads = with_gradients(lambda t: call(t, backend), inputs, torch.zeros(0, 8, 3, 5))
+    assert y.shape == (0, 8, 3, 5)
+    for grad, given in zip(grads, inputs, strict=True):
+        assert grad.shape == given.shape
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_tensors(backend: str, seed: int) -> None:
+    """An x of stride 0, and the expanded gradient that a sum sends back."""
+    inputs = draw(SIZES[0], seed)
+    inputs[0] = inputs[0][:1].expand(3, -1, -1, -1)
+    results = []
+    for function in (lambda t: call(t, backend), literal):
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        results.append(torch.autograd.grad(function(leaves).sum(), leaves))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@needs_native
+def test_threads_do_not_change_a_bit(seed: int) -> None:
+    before = torch.get_num_threads()
+    inputs = draw(SIZES[1], seed, torch.float32)
+    grad_y = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed))
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(lambda t: call(t, "cpu"), inputs, grad_y))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_call_from_a_fresh_thread(seed: int) -> None:
+    inputs = draw(SIZES[1], seed, torch.float32)
+    expected, results = call(inputs, "cpu"), []
+    thread = threading.Thread(target=lambda: results.append(call(inputs, "cpu")))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], expected)
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_call_in_a_forked_child(seed: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        inputs = draw(SIZES[1], seed, torch.float32)
+        grad_y = torch.ones_like(inputs[0])
+        expected = with_gradients(lambda t: call(t, "cpu"), inputs, grad_y)  # starts the parent's threads
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(2)
+            ours = with_gradients(lambda t: call(t, "cpu"), inputs, grad_y)[0]
+            os._exit(0 if torch.equal(ours, expected[0]) else 3)
+        deadline = time.monotonic() + 60
+        while (result := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                pytest.fail("the child hangs")
+            time.sleep(0.02)
+        assert os.waitstatus_to_exitcode(result[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_needed_gradients(backend: str, seed: int) -> None:
+    """Every single input alone, and none but that one: the same gradient as with all of them."""
+    inputs = draw(SIZES[0], seed)
+    grad_y = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    _, *together = with_gradients(lambda t: call(t, backend), inputs, grad_y)
+    for i, grad in enumerate(together):
+        alone = [t.detach().requires_grad_(j == i) for j, t in enumerate(inputs)]
+        call(alone, backend).backward(grad_y)
+        torch.testing.assert_close(alone[i].grad, grad, rtol=1e-12, atol=1e-12)
+        assert all(t.grad is None for j, t in enumerate(alone) if j != i)
+
+
+def test_convolution_weights_and_gamma_of_one_element(seed: int) -> None:
+    inputs = draw(SIZES[0], seed)
+    expected = call(inputs)
+    as_modules_hold_them = [inputs[0], *(w[:, :, None, None] for w in inputs[1:5]), inputs[5].reshape(1), *inputs[6:]]
+    assert torch.equal(call(as_modules_hold_them), expected)
+    biases = dict(zip(NAMES[6:], inputs[6:], strict=True))
+    torch.testing.assert_close(reference.self_attention2d(*as_modules_hold_them[:6], **biases), expected)
+
+
+def test_reference_in_many_blocks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_MAP_ELEMENTS", 500)
+    check([draw(SIZES[0], seed)], "torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_map_is_stored_nowhere(backend: str) -> None:
+    """Forward and backward at N = 8192, where one map of the batch would take 512 MB: the process grows by far less."""
+    program = f"""
+import resource, torch
+from sabmn_ext.functional import self_attention2d
+torch.manual_seed(0)
+def step(side):
+    x = torch.randn(2, 8, 2 * side, side, requires_grad=True)
+    weights = [torch.randn(2, 8, requires_grad=True) for _ in range(3)]
+    y = self_attention2d(x, *weights, torch.randn(8, 2), torch.tensor(1.0), backend={backend!r})
+    y.square().sum().backward()
+step(8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(64)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 256 * 1024  # kB
+
+
+def test_attention_map(seed: int) -> None:
+    inputs = draw(SIZES[0], seed)
+    x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out = inputs
+    beta = attention_map(x, w_query, w_key, b_query=b_query, b_key=b_key)  # [B, N, N]
+    torch.testing.assert_close(beta.sum(-1), torch.ones_like(beta[..., 0]))
+    value = w_value @ x.flatten(2) + b_value[:, None]
+    a = w_out @ torch.einsum("bji,bdi->bdj", beta, value) + b_out[:, None]
+    torch.testing.assert_close((gamma * a).view(x.shape) + x, call(inputs))
+    assert attention_map(x.bfloat16(), w_query.bfloat16(), w_key.bfloat16()).dtype == torch.float32
+
+
+# ---- derivatives and transforms ----
+
+SMALL = [(2, 4, 3, 2, 2, 3, True, True), (2, 3, 2, 3, 2, 3, True, False), (1, 3, 1, 4, 1, 2, False, True)]
+
+
+def tensors_of(inputs: Inputs) -> tuple[list[Tensor], object, object]:
+    """The inputs that are there, and ours and the literal as functions of them alone."""
+    here = [t is not None for t in inputs]
+
+    def full(tensors: tuple[Tensor, ...]) -> Inputs:
+        left = iter(tensors)
+        return [next(left) if present else None for present in here]
+
+    return [t for t in inputs if t is not None], lambda *t: call(full(t)), lambda *t: literal(full(t))
+
+
+@pytest.mark.parametrize("sizes", SMALL, ids=str)
+def test_gradcheck(sizes: tuple[int, ...], seed: int) -> None:
+    tensors, ours, _ = tensors_of(draw(sizes, seed))
+    tensors = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(ours, tensors)
+    assert torch.autograd.gradgradcheck(ours, tensors)
+
+
+@pytest.mark.parametrize("sizes", SMALL, ids=str)
+def test_opcheck(sizes: tuple[int, ...], seed: int) -> None:
+    for dtype, layout in ((torch.float32, "contiguous"), (torch.float64, "channels_last"), (torch.bfloat16, "sliced")):
+        inputs = draw(sizes, seed, dtype, layout)
+        inputs[5] = inputs[5].to(reference.wide(dtype))
+        operations = torch.ops.sabmn_ext
+        torch.library.opcheck(operations.attention_forward.default, (*inputs, None))
+        y, *saved = operations.attention_forward(*inputs, None)
+        needs = [t is not None for t in inputs]
+        for wanted in (needs, [need and i % 2 == 0 for i, need in enumerate(needs)]):
+            arguments = (torch.randn_like(y), *inputs, *saved, wanted, None)
+            torch.library.opcheck(operations.attention_backward.default, arguments)
+
+
+def test_torch_func(seed: int) -> None:
+    tensors, ours, theirs = tensors_of(draw(SMALL[0], seed))
+    assert_same = torch.testing.assert_close
+    everything = tuple(range(len(tensors)))
+    cotangent = torch.randn_like(tensors[0])
+
+    def of_square(function: object) -> object:
+        return lambda *t: function(*t).square().sum()
+
+    both = [of_square(ours), of_square(theirs)]
+    assert_same(*(torch.func.grad(f, everything)(*tensors) for f in both))
+    assert_same(*(torch.func.vjp(f, *tensors)[1](cotangent) for f in (ours, theirs)))
+    assert_same(*(torch.func.jacrev(f, (0, 1, 4))(*tensors) for f in (ours, theirs)))
+    for i in (0, 2, 5):  # gradient of a function of a gradient
+        penalties = [lambda *t, f=f, i=i: torch.func.grad(f, i)(*t).square().sum() for f in both]
+        assert_same(*(torch.func.grad(penalty, everything)(*tensors) for penalty in penalties))
+
+
+def test_vmap(seed: int) -> None:
+    tensors, ours, _ = tensors_of(draw(SMALL[0], seed))
+    for batched in ([0], [0, 1, 5], [3]):
+        stacked = [torch.stack([t, 2 * t, -t], dim=-1) if i in batched else t for i, t in enumerate(tensors)]
+        in_dims = tuple(-1 if i in batched else None for i in range(len(tensors)))
+        single = [[t[..., n] if i in batched else t for i, t in enumerate(stacked)] for n in range(3)]
+        torch.testing.assert_close(torch.func.vmap(ours, in_dims)(*stacked), torch.stack([ours(*t) for t in single]))
+        gradient = torch.func.grad(lambda *t: ours(*t).square().sum(), (0, 1))
+        expected = [torch.stack(parts) for parts in zip(*(gradient(*t) for t in single), strict=True)]
+        torch.testing.assert_close(list(torch.func.vmap(gradient, in_dims)(*stacked)), expected)
+
+
+def test_gradient_penalty(seed: int) -> None:
+    """Grad of grad through the ordinary engine, as a gradient penalty does it."""
+    results = []
+    inputs = draw(SIZES[0], seed)
+    for function in (lambda t: call(t), literal):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        (grad_x,) = torch.autograd.grad(function(leaves).square().sum(), leaves[0], create_graph=True)
+        (grad_x.flatten(1).norm(dim=1) - 1).square().sum().backward()
+        results.append([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def check_compiled(dynamic: bool, compiler: str, seed: int) -> None:
+    compiled = torch.compile(lambda t: call(t), fullgraph=True, dynamic=dynamic, backend=compiler)
+    expected = "torch" if _native.module is None else "cpu"
+    for sizes in (SMALL[0], (3, 4, 5, 4, 2, 3, True, True)):
+        inputs = draw(sizes, seed)
+        grad_y = torch.randn_like(inputs[0])
+        with dispatch.record() as calls:
+            ours = with_gradients(compiled, inputs, grad_y)
+        assert calls == [("attention_forward", expected), ("attention_backward", expected)]
+        for our, truth in zip(ours, with_gradients(literal, inputs, grad_y), strict=True):
+            torch.testing.assert_close(our, truth)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(inputs), literal(inputs))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile(dynamic: bool, seed: int) -> None:
+    check_compiled(dynamic, "aot_eager", seed)
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile_with_inductor(seed: int) -> None:
+    check_compiled(False, "inductor", seed)
+    check_compiled(True, "inductor", seed)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_autocast(compiled: bool, seed: int) -> None:
+    inputs = [None if t is None else t.float().requires_grad_() for t in draw(SIZES[0], seed)]
+
+    def under_autocast(tensors: Inputs) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(tensors)
+
+    function = torch.compile(under_autocast, fullgraph=True, backend="aot_eager") if compiled else under_autocast
+    y = function(inputs)
+    assert y.dtype == torch.bfloat16
+    low = [t if t is None else t.detach().bfloat16() for t in inputs]
+    low[5] = inputs[5].detach()
+    assert torch.equal(y, call(low)), "autocast casts the inputs, and nothing inside"
+    y.float().square().sum().backward()
+    assert all(t is None or t.grad.dtype == torch.float32 for t in inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(draw(SIZES[0], seed)).dtype == torch.float64
+
+
+# ---- errors and backends ----
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(4, 3)}, ValueError, r"x has shape \[4, 3\]; expected a feature map"),
+        ({"x": torch.zeros(2, 0, 3, 3)}, ValueError, "at least one channel"),
+        ({"x": torch.zeros(2, 8, 3, 3, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
+        ({"w_query": torch.zeros(2, 7)}, ValueError, r"w_query has shape \[2, 7\]; expected \[2, 8\]"),
+        ({"w_query": torch.zeros(2, 8, 3, 3)}, ValueError, r"w_query has shape \[2, 8, 3, 3\]"),
+        ({"w_query": torch.zeros(0, 8)}, ValueError, "any width d ≥ 1"),
+        ({"w_key": torch.zeros(3, 8)}, ValueError, r"w_key has shape \[3, 8\]; expected \[2, 8\] \(w_query's rows"),
+        ({"w_value": torch.zeros(3, 9)}, ValueError, "w_value has shape"),
+        ({"w_value": torch.zeros(3, 8), "w_out": None, "b_out": None}, ValueError, "the values are as wide as x"),
+        ({"w_out": torch.zeros(8, 4)}, ValueError, r"w_out has shape \[8, 4\]; expected \[8, 3\]"),
+        ({"w_key": torch.zeros(2, 8, dtype=torch.float64)}, TypeError, "w_key has dtype torch.float64; expected"),
+        ({"w_out": torch.zeros(8, 3, device="meta")}, ValueError, "w_out is on meta; expected cpu"),
+        ({"b_key": torch.zeros(3)}, ValueError, r"b_key has shape \[3\]; expected \[2\]"),
+        ({"w_out": None, "w_value": torch.zeros(8, 8), "b_value": None}, ValueError, "b_out is given, but w_out is None"),
+        ({"gamma": torch.zeros(2)}, ValueError, r"gamma is \[2\] torch.float32 on cpu; expected one float number"),
+        ({"gamma": torch.zeros((), dtype=torch.int64)}, ValueError, "gamma is"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_errors(change: dict[str, Tensor | None], error: type[Exception], message: str) -> None:
+    inputs = dict(zip(NAMES, draw((2, 8, 3, 3, 2, 3, True, True), 0, torch.float32), strict=True)) | change
+    with pytest.raises(error, match=message):
+        call(list(inputs.values()))
+
+
+def test_backend_by_name_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(SIZES[0], 0, torch.float32)
+    with pytest.raises(RuntimeError, match="there is no cuda kernel"):
+        call(inputs, "cuda")
+    with pytest.raises(ValueError, match="backend 'fast' is unknown"):
+        call(inputs, "fast")
+    monkeypatch.setenv("SABMN_BACKEND", "torch")
+    with dispatch.record() as calls:
+        call(inputs)
+    assert calls == [("attention_forward", "torch")]
