@@ -84,8 +84,8 @@ def refuse_raw_cuhk03(path: Path) -> None:
     names = [path.name] if path.is_file() else [child.name for child in path.iterdir()]
     if any(name.lower() in ("cuhk-03.mat", "cuhk03_release", "cuhk03_release.zip") for name in names):
         raise ValueError(
-            f"{path} is CUHK03's original release (cuhk-03.mat), which is not read. Get CUHK03-NP in Market-style "
-            "folders (see github.com/zhunzhong07/person-re-ranking) and give its folder labeled or detected"
+            f"{path} is CUHK03's original release (cuhk-03.mat), which is not read. Get CUHK03-NP as "
+            "Market-style folders (see github.com/zhunzhong07/person-re-ranking): labeled or detected"
         )
 
 
