@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="output folder (default: runs/RECIPE-DATE-TIME)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, under its settings")
     for option, key in ALIASES.items():
-        parser.add_argument(option, dest=key, metavar="VALUE", help=f"{meanings[key]} ({key})")
+        parser.add_argument(option, dest=key, metavar="VALUE", help=f"{key}: {meanings[key]}")
     parser.add_argument("--image-size", metavar="HxW", help="image size in pixels (image.height, image.width)")
     parser.add_argument("--channels-last", action="store_true", help=meanings["run.channels_last"])
     parser.add_argument("--no-camera-rule", action="store_true", help="ignore camera numbers (data.cameras)")

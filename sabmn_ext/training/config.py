@@ -49,7 +49,7 @@ class DataKeys:
     format: str = _key("auto", "layout of the data set; 'auto' recognises it")
     cameras: bool = _key(True, "use camera numbers: false switches the same-camera rule off")
     with_val: bool = _key(False, "MSMT17: train on its validation list too")
-    on_error: str = _key("stop", "an unreadable image ends the run, or is left out", choices=("stop", "skip"))
+    on_error: str = _key("stop", "what an unreadable image does: end the run, or be left out", choices=("stop", "skip"))
     workers: int = _key(0, "processes that decode images; 0: in the main one", low=0, harmless=True)
 
 
@@ -65,7 +65,7 @@ class AugmentKeys:
     padding: int = _key(0, "pixels to pad on each side before a random crop; 0: neither", low=0)
     erasing: str = _key(
         "field",
-        "random erasing: the field's (area 0.02-0.4, aspect 0.3-3.33, filled with the mean) or torchvision's",
+        "random erasing: the field's has area 0.02-0.4, aspect 0.3-3.33, filled with the mean",
         choices=("field", "torchvision", "none"),
     )
     erasing_probability: float = _key(0.5, "probability of random erasing", low=0, high=1)
@@ -160,8 +160,9 @@ _EXPECTED = {
 
 
 def all_keys() -> dict[str, str]:
-    """Every dotted key and its one-line meaning."""
-    return {key: f.metadata["meaning"] for key, f in _FIELDS.items()}
+    """Every dotted key and its one-line meaning, with the values it may have."""
+    choices = {key: ", ".join(map(str, f.metadata["choices"])) for key, f in _FIELDS.items()}
+    return {key: f.metadata["meaning"] + f" ({choices[key]})" * bool(choices[key]) for key, f in _FIELDS.items()}
 
 
 def set_key(config: Config, key: str, value: Any, *, text: bool = False) -> None:
@@ -242,6 +243,7 @@ def load_recipe(name: str) -> Config:
 
 def to_toml(config: Config) -> str:
     """The configuration as a recipe that load_recipe reads back, each key with its meaning."""
+    meanings = all_keys()
     lines = [f"recipe = {json.dumps(config.recipe)}"]
     for section, keys in config.to_dict().items():
         if section == "recipe":
@@ -249,7 +251,7 @@ def to_toml(config: Config) -> str:
         lines += ["", f"[{section}]"]
         for name, value in keys.items():
             written = json.dumps("none" if value is None else value, ensure_ascii=False)
-            lines.append(f"{name} = {written}  # {_FIELDS[f'{section}.{name}'].metadata['meaning']}")
+            lines.append(f"{name} = {written}  # {meanings[f'{section}.{name}']}")
     return "\n".join(lines) + "\n"
 
 

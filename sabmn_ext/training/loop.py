@@ -420,6 +420,8 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
         for note in data.notes:
             print(f"note: {note}", flush=True)
         trainer = Trainer(config, data, out, state, stop)
+        if resume:
+            print(f"going on after step {trainer.step} of {trainer.total_steps}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
         if trainer.untrained is None:
