@@ -32,9 +32,7 @@ def draw(
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_forward_and_backward_against_float64(
-    dtype: torch.dtype, backend: str, iterations: int, seed: int
-) -> None:
+def test_forward_and_backward_against_float64(dtype: torch.dtype, backend: str, iterations: int, seed: int) -> None:
     weights, u, v = draw(SHAPES, dtype, seed)
     weights = [w.requires_grad_() for w in weights]
     with dispatch.record() as calls:
