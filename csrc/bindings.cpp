@@ -18,6 +18,7 @@
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "retrieval/retrieval.h"
 #include "spectral_norm/spectral_norm.h"
 
 namespace py = pybind11;
@@ -115,6 +116,48 @@ int spectral_norm_backward(const Addresses& gradients, const Addresses& weights,
     return for_isa(SABMN_VARIANTS(spectral_norm_backward))(matrices.data(), static_cast<std::int64_t>(matrices.size()),
                                                            pointer<const void>(sigma), static_cast<DType>(dtype),
                                                            usable_threads(threads));
+}
+
+// ---- retrieval ----
+
+// (address, rows, columns, row stride, column stride)
+using MatrixFields = std::array<std::int64_t, 5>;
+// The members of Matches, in their order.
+using MatchFields = std::array<std::uintptr_t, 6>;
+
+Matrix matrix_of(const MatrixFields& fields, int dtype) {
+    return {pointer<void>(fields[0]), fields[1], fields[2], fields[3], fields[4], static_cast<DType>(dtype)};
+}
+
+Matches matches_of(const MatchFields& fields) {
+    return {pointer<std::int64_t>(fields[0]), pointer<std::int64_t>(fields[1]), pointer<std::int64_t>(fields[2]),
+            pointer<double>(fields[3]),       pointer<std::int64_t>(fields[4]), pointer<std::int64_t>(fields[5])};
+}
+
+int pair_distances(const MatrixFields& query, const MatrixFields& gallery, std::uintptr_t query_indices,
+                   std::uintptr_t gallery_indices, std::int64_t num_pairs, int metric, std::uintptr_t distances,
+                   std::uintptr_t workspace, int dtype, int threads) {
+    py::gil_scoped_release release;
+    const Tiles tiles = {1, 1, pointer<double>(workspace), usable_threads(threads)};
+    return for_isa(SABMN_VARIANTS(pair_distances))(matrix_of(query, dtype), matrix_of(gallery, dtype),
+                                                   pointer<std::int64_t>(query_indices),
+                                                   pointer<std::int64_t>(gallery_indices), num_pairs,
+                                                   static_cast<Metric>(metric), pointer<double>(distances), tiles);
+}
+
+int count_nonmatches(const MatrixFields& query, const MatrixFields& gallery, const MatchFields& matches, int metric,
+                     std::int64_t query_rows, std::int64_t gallery_rows, std::uintptr_t workspace, int dtype,
+                     int threads) {
+    py::gil_scoped_release release;
+    const Tiles tiles = {query_rows, gallery_rows, pointer<double>(workspace), usable_threads(threads)};
+    return for_isa(SABMN_VARIANTS(count_nonmatches))(matrix_of(query, dtype), matrix_of(gallery, dtype),
+                                                     matches_of(matches), static_cast<Metric>(metric), tiles);
+}
+
+int count_nonmatches_in_rows(const MatrixFields& rows, const MatchFields& matches, int dtype, int threads) {
+    py::gil_scoped_release release;
+    return for_isa(SABMN_VARIANTS(count_nonmatches_in_rows))(matrix_of(rows, dtype), matches_of(matches),
+                                                             usable_threads(threads));
 }
 
 // ---- what was compiled ----
@@ -241,6 +284,11 @@ PYBIND11_MODULE(_sabmn_ext, m) {
 #endif
     m.def("spectral_norm_forward", spectral_norm_forward);
     m.def("spectral_norm_backward", spectral_norm_backward);
+    m.def("rank_workspace", rank_workspace);
+    m.def("pair_distances", pair_distances);
+    m.def("count_nonmatches", count_nonmatches);
+    m.def("count_nonmatches_in_rows", count_nonmatches_in_rows);
+
     m.def("isa", [] { return isa_names[static_cast<int>(chosen_isa)]; });
     define_attention(m);
     m.def("set_isa", set_isa, "Use one of build_info()['isas'] from now on; for tests and for comparing.");

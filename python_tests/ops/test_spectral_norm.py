@@ -32,9 +32,7 @@ def draw(
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_forward_and_backward_against_float64(
-    dtype: torch.dtype, backend: str, iterations: int, seed: int
-) -> None:
+def test_forward_and_backward_against_float64(dtype: torch.dtype, backend: str, iterations: int, seed: int) -> None:
     weights, u, v = draw(SHAPES, dtype, seed)
     weights = [w.requires_grad_() for w in weights]
     with dispatch.record() as calls:
@@ -214,3 +212,25 @@ def test_scales_far_from_one(scale: float) -> None:
     ours = spectral_norm([weights[0] * scale], u, v, backend="cpu")[0][0]
     exact = reference.spectral_norm(weights[0].double() * scale, u[0].double(), v[0].double())[0]
     assert torch.allclose(ours.double(), exact, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.heavy
+def test_random_shapes(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def size(largest: int) -> int:
+        return int(torch.randint(1, largest + 1, (), generator=generator))
+
+    for case in range(60):
+        shapes = [tuple(size(90) for _ in range(size(3) + 1)) for _ in range(size(4))]
+        shapes = [shape[:2] + tuple(min(n, 5) for n in shape[2:]) for shape in shapes]
+        dtype = (torch.float32, torch.float64)[case % 2]
+        weights, u, v = draw(shapes, dtype, seed + case)
+        normalized, *_, sigma = spectral_norm(weights, u, v, n_power_iterations=case % 3, backend="cpu")
+        for i, weight in enumerate(weights):
+            plain = reference.spectral_norm(weight, u[i], v[i], case % 3)
+            exact = reference.spectral_norm(weight.double(), u[i].double(), v[i].double(), case % 3)
+            if exact[3].abs() > 0.5:  # smaller: orthogonal vectors, no iteration; then σ itself is ill-conditioned
+                assert_close_to_float64(normalized[i], plain[0], exact[0])
+                assert_close_to_float64(sigma[i], plain[3], exact[3])

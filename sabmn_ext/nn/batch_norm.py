@@ -5,6 +5,7 @@ with mean ← (mean − b)/σ + b and var ← (var + eps)/σ² − eps.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -48,20 +49,25 @@ class _Tracer(torch.fx.Tracer):
 def _from_graph(
     model: nn.Module, graph: torch.fx.Graph, convolutions: Mapping[str, nn.Module]
 ) -> dict[str, Follower]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    called = [(node, modules[str(node.target)]) for node in graph.nodes if node.op == "call_module"]
-    # The batch norms by which convolutions each one sees: one that is shared cannot follow two different σ.
-    sources: dict[nn.Module, set[object]] = {}
-    for node, module in called:
-        if isinstance(module, _BatchNorm):
-            source = node.args[0] if node.args else None
-            sources.setdefault(module, set()).add(modules.get(str(getattr(source, "target", ""))))
+    modules: dict[object, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+
+    def successors(node: torch.fx.Node) -> list[nn.Module | None]:
+        """The modules that read a node, flattening aside; None for what is no module."""
+        found: list[nn.Module | None] = []
+        for user in node.users:
+            module = modules.get(user.target) if user.op == "call_module" else None
+            flattens = user.target in ("flatten", "squeeze") or user.target is torch.flatten
+            found += successors(user) if flattens or isinstance(module, nn.Flatten) else [module]
+        return found
+
+    called = [(node, modules[node.target]) for node in graph.nodes if node.op == "call_module"]
+    calls = Counter(module for _, module in called if isinstance(module, _BatchNorm))
     result: dict[str, Follower] = {}
     for name, convolution in convolutions.items():
-        users = [user for node, module in called if module is convolution for user in node.users]
-        next_modules = {modules.get(str(user.target)) if user.op == "call_module" else None for user in users}
+        mine = [node for node, module in called if module is convolution]
+        next_modules = {module for node in mine for module in successors(node)}
         norms = {module for module in next_modules if isinstance(module, _BatchNorm)}
-        if not users:
+        if not mine:
             result[name] = "it does not appear in the traced forward"
         elif not norms:
             result[name] = None
@@ -69,7 +75,8 @@ def _from_graph(
             result[name] = "its output goes to a batch norm and elsewhere"
         else:
             (norm,) = norms
-            result[name] = norm if sources[norm] == {convolution} else "its batch norm serves other layers too"
+            # A batch norm that is shared cannot follow two different σ.
+            result[name] = norm if calls[norm] == len(mine) else "its batch norm serves other layers too"
     return result
 
 

@@ -95,10 +95,11 @@ class SABMN(nn.Module):
         self.feature_norm = nn.BatchNorm1d(feature_dim)
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
-        self.classifiers = nn.ModuleList(nn.Linear(feature_dim, num_classes) for _ in range(num_classifiers))
-        for classifier in self.classifiers:
+        classifiers = [nn.Linear(feature_dim, num_classes) for _ in range(num_classifiers)]
+        for classifier in classifiers:
             nn.init.normal_(classifier.weight, std=0.001)
             nn.init.zeros_(classifier.bias)
+        self.classifiers = nn.ModuleList(classifiers)
         if spectral_norm:
             self._normalize()
 

@@ -7,7 +7,7 @@ train mode.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,10 +132,10 @@ class _Group:
 def _groups(root: nn.Module) -> list[tuple[nn.Module, int, _Group]]:
     """Every group below ``root``: the module that it hangs on, the key of its pre-hook, and the group."""
     return [
-        (module, key, hook.__self__)
+        (module, key, group)
         for module in root.modules()
         for key, hook in module._forward_pre_hooks.items()
-        if isinstance(getattr(hook, "__self__", None), _Group)
+        if isinstance(group := getattr(hook, "__self__", None), _Group)
     ]
 
 
@@ -145,7 +145,12 @@ def is_normalized(module: nn.Module, name: str = "weight") -> bool:
         return True
     if not parametrize.is_parametrized(module, name):
         return False
-    return any(type(p).__name__ in ("SpectralNorm", "_SpectralNorm") for p in module.parametrizations[name])
+    return any(type(p).__name__ in ("SpectralNorm", "_SpectralNorm") for p in _parametrizations(module)[name])
+
+
+def _parametrizations(module: nn.Module) -> dict[str, Any]:
+    """The parametrization lists of a parametrized module, by parameter."""
+    return dict(cast(nn.ModuleDict, module.parametrizations).items())
 
 
 def _register(
@@ -162,12 +167,12 @@ def _register(
     parametrize.register_parametrization(module, name, layer, unsafe=True)
     module.register_load_state_dict_pre_hook(_accept_old_keys)
     if weight.dim() > 1:
-        group.members.append((qualified, module.parametrizations[name], layer))
+        group.members.append((qualified, _parametrizations(module)[name], layer))
 
 
 def _accept_old_keys(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Renames the keys of torch's older ``nn.utils.spectral_norm``, and of a plain weight, to the parametrization's."""
-    for name in module.parametrizations:
+    for name in _parametrizations(module):
         new = f"{prefix}parametrizations.{name}"
         old_keys = {f"{name}_orig": f"{new}.original", f"{name}_u": f"{new}.0._u", f"{name}_v": f"{new}.0._v"}
         for old, key in old_keys.items():
@@ -246,8 +251,9 @@ def spectral_norm_model(
 
 def layer_sigma(module: nn.Module) -> float:
     """σ of a normalised layer's ``weight``."""
-    weight = module.parametrizations.weight  # type: ignore[union-attr]
-    return weight[0].sigma(weight.original)  # type: ignore[index, union-attr, operator]
+    owner = _parametrizations(module)["weight"]
+    sigma: float = owner[0].sigma(owner.original)
+    return sigma
 
 
 def remove_spectral_norm(module: nn.Module) -> nn.Module:
@@ -255,7 +261,7 @@ def remove_spectral_norm(module: nn.Module) -> nn.Module:
     for host in list(module.modules()):
         if not parametrize.is_parametrized(host):
             continue
-        for name, owner in list(host.parametrizations.items()):  # type: ignore[union-attr, operator]
+        for name, owner in _parametrizations(host).items():
             if any(isinstance(layer, SpectralNorm) for layer in owner):
                 owner.eval()  # no power iteration while the value is read
                 parametrize.remove_parametrizations(host, name, leave_parametrized=True)

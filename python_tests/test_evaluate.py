@@ -1,0 +1,205 @@
+"""``python -m sabmn_ext.evaluate``: features and checkpoints in, table and files out; one clear line for errors."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sabmn_ext.evaluate import main
+from sabmn_ext.retrieval import evaluate_retrieval
+
+LABELS = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")
+
+
+def draw(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, np.ndarray] = {}
+    for side, count in (("query", 6), ("gallery", 30)):
+        arrays[f"{side}_pids"] = rng.integers(0 if side == "query" else -1, 4, count)
+        arrays[f"{side}_camids"] = rng.integers(1, 4, count).astype(np.int8)
+        noise = rng.standard_normal((count, 3))
+        arrays[f"{side}_features"] = (arrays[f"{side}_pids"][:, None] + noise).astype(np.float32)
+    arrays["query_pids"][5] = 99  # has no match
+    return arrays
+
+
+def write(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    file = folder / "features.npz"
+    arrays = draw(seed) | changes
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    return file
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_features_give_the_table_and_the_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str, seed: int
+) -> None:
+    file = write(tmp_path, seed)
+    assert main(["--features", str(file), "--metric", metric, "--max-rank", "7"]) == 0
+    arrays = draw(seed)
+    expected = evaluate_retrieval(
+        arrays["query_features"],
+        arrays["gallery_features"],
+        *(arrays[name] for name in LABELS),
+        metric=metric,
+        max_rank=7,
+    )
+    assert expected.table() in capsys.readouterr().out
+    report = json.loads((tmp_path / "features.evaluation.json").read_text())
+    assert {name: report[name] for name in expected.to_dict()} == expected.to_dict()
+    assert report["cmc"] == expected.cmc.tolist()
+    assert len(report["cmc"]) == 7
+    assert report["invalid_queries"] == [5]
+    assert (report["metric"], report["camera_rule"], report["features"]) == (metric, True, str(file))
+
+
+def test_without_cameras_and_without_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = draw(1)
+    file = write(tmp_path, 1, query_camids=None, gallery_camids=None)
+    assert main(["--features", str(file), "--json", str(tmp_path / "a.json")]) == 0
+    assert "no camera numbers: the camera rule is off" in capsys.readouterr().out
+    assert main(["--features", str(write(tmp_path, 1)), "--no-camera-rule", "--json", str(tmp_path / "b.json")]) == 0
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert a == b
+    ones = np.ones(30, int)
+    one_camera = write(tmp_path, 1, query_camids=ones[:6], gallery_camids=ones)
+    assert "pass no camids (command line: --no-camera-rule)" in error_of(capsys, "--features", one_camera)
+    assert main(["--features", str(one_camera), "--no-camera-rule"]) == 0
+    assert (
+        a["map"]
+        == evaluate_retrieval(*(arrays[f"{s}_{x}"] for x in ("features", "pids") for s in ("query", "gallery"))).map
+    )
+
+
+def test_bad_files_give_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, gallery_features=None, query_pids=None)
+    message = error_of(capsys, "--features", file)
+    assert "lacks gallery_features, query_pids; it holds" in message
+    assert "gallery_camids" in message
+
+    whole = write(tmp_path).read_bytes()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        assert "features.npz is not a whole .npz file" in error_of(capsys, "--features", file)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 4] ^= 0xFF
+    file.write_bytes(damaged)
+    assert "features.npz is not a whole .npz file" in error_of(capsys, "--features", file)
+
+    np.save(tmp_path / "one.npy", np.zeros((3, 3)))
+    assert "one bare array" in error_of(capsys, "--features", tmp_path / "one.npy")
+    assert "no such file" in error_of(capsys, "--features", tmp_path / "none.npz")
+    assert "no folder" in error_of(capsys, "--features", write(tmp_path), "--json", tmp_path / "none" / "a.json")
+    assert "--flip goes with --checkpoint" in error_of(capsys, "--features", write(tmp_path), "--flip")
+    assert "query_paths" in error_of(capsys, "--features", write(tmp_path), "--ranked", tmp_path / "a.png")
+    assert "max_rank" in error_of(capsys, "--features", write(tmp_path), "--max-rank", "0")
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (ran,)
+
+    file = write(tmp_path, query_pids=np.array([Bomb()] * 6, dtype=object))
+    assert "not a whole .npz file of plain arrays" in error_of(capsys, "--features", file)
+    assert not ran.exists()
+
+
+def test_an_error_names_the_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    features = draw(0)["gallery_features"]
+    features[17] = np.nan
+    paths = {
+        f"{side}_paths": np.array([f"{side}/{i}.jpg" for i in range(n)]) for side, n in (("query", 6), ("gallery", 30))
+    }
+    file = write(tmp_path, gallery_features=features, **paths)
+    assert "gallery_features row 17 (gallery/17.jpg) holds NaN" in error_of(capsys, "--features", file)
+    assert "query_paths has shape [5]" in error_of(
+        capsys, "--features", write(tmp_path, **paths | {"query_paths": paths["query_paths"][:5]})
+    )
+
+
+def test_as_a_command(tmp_path: Path) -> None:
+    def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        line = [sys.executable, "-m", "sabmn_ext.evaluate", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=False)
+
+    good = command("--features", str(write(tmp_path)))
+    assert good.returncode == 0, good.stderr
+    assert "mAP (trapezoid)" in good.stdout
+    bad = command("--features", str(tmp_path / "none.npz"))
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+
+
+def market(root: Path) -> Path:
+    """Four identities in Market-1501's folders; everybody wears a colour of their own."""
+    rng = np.random.default_rng(0)
+    for folder, cameras in (("bounding_box_train", (1, 2)), ("query", (1,)), ("bounding_box_test", (1, 2, 3))):
+        (root / folder).mkdir(parents=True)
+        for pid in range(1, 5):
+            for camera in cameras:
+                pixels = np.full((32, 16, 3), (60 * pid, 255 - 60 * pid, 30 * pid)) + rng.integers(-10, 10, (32, 16, 3))
+                name = f"{pid:04}_c{camera}s1_{10 * camera:06}_00.jpg"
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / folder / name)
+    return root
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    from sabmn_ext.nn.sabmn import SABMN
+    from sabmn_ext.training.checkpoint import save_checkpoint
+    from sabmn_ext.training.config import load_recipe
+
+    torch.manual_seed(0)
+    model = SABMN(4, backbone="resnet18", feature_dim=16, spectral_norm=False, weights="none")
+    config = dataclasses.asdict(load_recipe("demo"))
+    config["image"] = {"height": 32, "width": 16}
+    config["data"]["path"] = None
+    state = {"model_config": model.config, "model": model.state_dict(), "config": config}
+    save_checkpoint(tmp_path / "last.pt", state)
+    return tmp_path / "last.pt"
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_a_checkpoint_on_a_data_set(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give --data PATH" in error_of(capsys, "--checkpoint", checkpoint)
+    data = market(tmp_path / "market")
+    picture = tmp_path / "ranked.png"
+    line = ["--checkpoint", str(checkpoint), "--data", str(data), "--device", "cpu"]
+    assert main([*line, "--ranked", str(picture)]) == 0
+    report = json.loads((tmp_path / "last.evaluation.json").read_text())
+    assert (report["num_queries"], report["num_gallery"], report["skipped_images"]) == (4, 12, [])
+    assert report["map"] > 2 * report["chance_map"]  # colours alone tell these people apart
+    assert Image.open(picture).width > 300
+    capsys.readouterr()
+
+    assert main([*line, "--flip", "--metric", "cosine", "--no-camera-rule", "--json", str(tmp_path / "b.json")]) == 0
+    other = json.loads((tmp_path / "b.json").read_text())
+    assert (other["flip"], other["metric"], other["camera_rule"]) == (True, "cosine", False)
+
+    broken = data / "bounding_box_test" / "0001_c2s1_000020_00.jpg"
+    broken.write_bytes(b"")
+    assert broken.name in error_of(capsys, *line)
+    assert main([*line, "--on-error", "skip"]) == 0
+    report = json.loads((tmp_path / "last.evaluation.json").read_text())
+    assert report["skipped_images"] == [str(broken)]
+    assert report["num_gallery"] == 11
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "last.pt" in error_of(capsys, *line)

@@ -1,0 +1,109 @@
+"""Batches for training and evaluation. Workers only decode; all that is random is made here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .images import ImageDataset, UnreadableImageError, check_on_error, load_image
+from .records import ImageRecord
+from .transforms import normalize
+
+_ORDER, _AUGMENTATION = 1, 2  # keep the random streams of one seed apart
+
+
+def _generator(*key: int) -> torch.Generator:
+    """A generator whose seed is a hash of the key, so that neighbouring steps have nothing in common."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(seed >> 1)
+
+
+def steps_per_epoch(dataset: ImageDataset, batch_size: int) -> int:
+    """Whole batches in one pass (the last incomplete one is dropped); a ValueError if there is none."""
+    if not 1 <= batch_size <= len(dataset):
+        raise ValueError(f"batch_size must be in 1 … {len(dataset)}, the number of images; got {batch_size}")
+    return len(dataset) // batch_size
+
+
+def train_batches(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    workers: int = 0,
+    transform: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One epoch of (images float32 [B, 3, H, W], labels int64 [B]), shuffled, incomplete last batch dropped.
+
+    Order and augmentation are functions of (seed, epoch, step) alone: any number of workers gives the same
+    batches, first_step leaves the earlier ones out without decoding them, and torch's global generator is
+    neither read nor moved. seed, epoch and first_step are 0 or more.
+    """
+    steps = steps_per_epoch(dataset, batch_size)
+    if min(seed, epoch, first_step) < 0:
+        raise ValueError(f"seed, epoch and first_step must be 0 or more, got {seed}, {epoch}, {first_step}")
+    order = torch.randperm(len(dataset), generator=_generator(_ORDER, seed, epoch)).tolist()
+    batches = [order[step * batch_size : (step + 1) * batch_size] for step in range(first_step, steps)]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
+    for step, (images, labels, indices) in enumerate(loader, first_step):
+        for wanted, given in zip(batches[step - first_step], indices.tolist(), strict=True):
+            if wanted != given:
+                paths = dataset.records[wanted].path, dataset.records[given].path
+                warnings.warn(f"skipped unreadable image {paths[0]}, took {paths[1]} instead", stacklevel=2)
+        yield transform(images, _generator(_AUGMENTATION, seed, epoch, step)), labels
+
+
+class _EvaluationImages(Dataset[tuple[torch.Tensor | str, int]]):
+    """Item i is (image uint8 [3, H, W], i), or (what is wrong, i) if unreadable images are skipped."""
+
+    def __init__(self, records: Sequence[ImageRecord], height: int, width: int, on_error: str) -> None:
+        self.records, self.size, self.on_error = records, (height, width), on_error
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | str, int]:
+        try:
+            return load_image(self.records[index].path, *self.size), index
+        except UnreadableImageError as error:
+            if self.on_error == "stop":
+                raise
+            return str(error), index
+
+
+def image_batches(
+    records: Sequence[ImageRecord],
+    *,
+    height: int,
+    width: int,
+    batch_size: int,
+    workers: int = 0,
+    on_error: str = "stop",
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """All images in order as (normalised float32 [B, 3, height, width], their indices in `records`).
+
+    on_error: "stop" raises UnreadableImageError; "skip" leaves the image out, so that its index never
+    appears, and warns with the file's name.
+    """
+    check_on_error(on_error)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    dataset = _EvaluationImages(list(records), height, width, on_error)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=list,
+                        generator=torch.Generator())  # fmt: skip
+    for items in loader:
+        images, indices = [], []
+        for image, index in items:
+            if isinstance(image, str):
+                warnings.warn(f"skipped: {image}", stacklevel=2)
+            else:
+                images.append(image)
+                indices.append(index)
+        if images:
+            yield normalize(torch.stack(images)), indices

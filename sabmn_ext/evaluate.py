@@ -1,0 +1,183 @@
+"""``python -m sabmn_ext.evaluate``: score a checkpoint on a data set, or features, by Market-1501's rules."""
+
+import argparse
+import json
+import sys
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sabmn_ext.ops.retrieval import METRICS
+from sabmn_ext.report.ranked import Side, draw_ranked, pick_queries
+from sabmn_ext.retrieval.evaluation import evaluate_retrieval
+from sabmn_ext.retrieval.inputs import as_matrix
+
+NEEDED = ("query_features", "gallery_features", "query_pids", "gallery_pids")
+OPTIONAL = ("query_camids", "gallery_camids", "query_paths", "gallery_paths")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sabmn_ext.evaluate",
+        description="Score a trained network on a data set, or features of any origin.",
+        epilog=f"An .npz file of features holds {', '.join(NEEDED)} and, where there are any, {', '.join(OPTIONAL)}.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a network that sabmn_ext.train has written")
+    source.add_argument("--features", type=Path, metavar="FILE", help="an .npz file of features and labels")
+    parser.add_argument("--data", metavar="PATH", help="data set for --checkpoint (default: the one trained on)")
+    parser.add_argument("--format", help="layout of the data set (default: recognised)")
+    parser.add_argument("--metric", choices=METRICS, help="distance (default: the checkpoint's, else euclidean)")
+    parser.add_argument("--flip", action="store_true", help="average the features of each image and its mirror image")
+    parser.add_argument("--no-camera-rule", action="store_true", help="keep gallery images of the query's own camera")
+    parser.add_argument("--max-rank", type=int, default=50, metavar="K", help="length of the CMC curve (default: 50)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: the checkpoint's)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
+    parser.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop", help="an unreadable image ends it, or is left out"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="result (default: NAME.evaluation.json beside NAME)")
+    parser.add_argument("--ranked", type=Path, metavar="FILE.png", help="draw the best, median and worst ranked lists")
+    return parser
+
+
+def read_features(file: Path) -> tuple[Side, Side]:
+    """Both sides from an .npz file; never unpickles. A ValueError says what is missing or damaged."""
+    if not file.is_file():
+        raise FileNotFoundError(f"features {file}: no such file")
+    try:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("it holds one bare array; write it with numpy.savez")
+        with archive:
+            arrays = {name: archive[name] for name in (*NEEDED, *OPTIONAL) if name in archive.files}
+            found = archive.files
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file} is not a whole .npz file of plain arrays: {error}") from None
+    missing = [name for name in NEEDED if name not in arrays]
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(found) or 'nothing'}")
+
+    def side(name: str) -> Side:
+        features = as_matrix(f"{name}_features", arrays[f"{name}_features"])
+        paths = arrays.get(f"{name}_paths")
+        if paths is not None and paths.shape != (len(features),):
+            raise ValueError(f"{name}_paths has shape {list(paths.shape)}; expected [{len(features)}]")
+        names = None if paths is None else [str(path) for path in paths]
+        return Side(features, arrays[f"{name}_pids"], arrays.get(f"{name}_camids"), names)
+
+    return side("query"), side("gallery")
+
+
+def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
+    """Both sides from a checkpoint and a data set, and what to note in the result; fills in the settings left open."""
+    from sabmn_ext.data import load_data
+    from sabmn_ext.retrieval.features import extract_features
+    from sabmn_ext.training.checkpoint import load_model
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: there is no GPU that torch can use here")
+    model, config = load_model(args.checkpoint, device)
+    path = args.data or config["data"]["path"]
+    if path is None:
+        raise ValueError("the checkpoint names no data set; give --data PATH")
+    trained_on: dict[str, Any] = {"format": "auto", "cameras": True} if args.data else config["data"]
+    cameras = trained_on["cameras"] and not args.no_camera_rule
+    data = load_data(path, format=args.format or trained_on["format"], cameras=cameras)
+    for note in data.notes:
+        print(note)
+    args.metric = args.metric or config["evaluation"]["metric"]
+    flip = args.flip or config["evaluation"]["flip"]
+    skipped: list[str] = []
+
+    def side(records: Sequence[Any]) -> Side:
+        indices: list[int] = []
+        features = extract_features(
+            model,
+            records,
+            height=config["image"]["height"],
+            width=config["image"]["width"],
+            batch_size=args.batch_size or config["evaluation"]["batch_size"],
+            device=device,
+            workers=args.workers,
+            flip=flip,
+            precision=config["run"]["precision"],
+            on_error=args.on_error,
+            indices=indices,
+        )
+        skipped.extend(records[i].path for i in sorted(set(range(len(records))) - set(indices)))
+        pids, camids = (np.array([getattr(records[i], name) for i in indices]) for name in ("pid", "camid"))
+        return Side(features, pids, camids if data.has_cameras else None, [records[i].path for i in indices])
+
+    about = {"checkpoint": str(args.checkpoint), "data": str(path), "flip": flip, "skipped_images": skipped}
+    return side(data.query), side(data.gallery), about
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, print the table, write the JSON and the picture."""
+    source: Path = args.checkpoint or args.features
+    output: Path = args.json or source.with_name(f"{source.stem}.evaluation.json")
+    for option, file in (("--json", args.json), ("--ranked", args.ranked)):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
+    if args.features:
+        given = [name for name in ("data", "format", "batch_size", "flip") if getattr(args, name)]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} goes with --checkpoint, not with --features")
+        query, gallery = read_features(args.features)
+        about: dict[str, Any] = {"features": str(args.features)}
+    else:
+        query, gallery, about = extract(args)
+    if args.ranked and (query.paths is None or gallery.paths is None):
+        raise ValueError(f"--ranked needs the images: {source} has no query_paths and gallery_paths")
+    if args.no_camera_rule:
+        query, gallery = (Side(side.features, side.pids, None, side.paths) for side in (query, gallery))
+    elif query.camids is None and gallery.camids is None:
+        print("no camera numbers: the camera rule is off")
+
+    metric = args.metric or METRICS[0]
+    result = evaluate_retrieval(
+        query.features,
+        gallery.features,
+        query.pids,
+        gallery.pids,
+        query.camids,
+        gallery.camids,
+        metric=metric,
+        max_rank=args.max_rank,
+        query_names=query.paths,
+        gallery_names=gallery.paths,
+    )
+    print(result.table())
+    invalid = [q if query.paths is None else query.paths[q] for q in result.invalid_queries]
+    details = {"num_junk": result.num_junk, "metric": metric, "camera_rule": result.camera_rule}
+    report = result.to_dict() | about | details | {"invalid_queries": invalid, "cmc": result.cmc.tolist()}
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written: {output}")
+    if args.ranked:
+        titles = pick_queries(result.ap, query.pids)
+        draw_ranked(args.ranked, query, gallery, titles, ap=result.ap, metric=metric)
+        print(f"written: {args.ranked}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    try:
+        run(args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

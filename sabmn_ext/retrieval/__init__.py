@@ -1,0 +1,6 @@
+"""Retrieval: exact evaluation of features or distances, and feature extraction."""
+
+from sabmn_ext.retrieval.evaluation import evaluate_distances, evaluate_retrieval
+from sabmn_ext.retrieval.result import RetrievalResult
+
+__all__ = ["RetrievalResult", "evaluate_distances", "evaluate_retrieval"]

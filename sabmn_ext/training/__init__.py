@@ -1,0 +1,1 @@
+"""Training: recipes, schedules, checkpoints and the loop."""

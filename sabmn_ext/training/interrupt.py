@@ -1,0 +1,46 @@
+"""SIGINT and SIGTERM during a run: between steps they save and leave, elsewhere they leave at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+class TrainingInterrupted(RuntimeError):
+    """A signal ended the run. ``signum`` is its number; the message says what is saved and how to go on."""
+
+    def __init__(self, signum: int, out: Path, where: str) -> None:
+        go_on = f"; go on with: python -m sabmn_ext.train --out {out} --resume" * (out / "config.toml").exists()
+        super().__init__(f"stopped by {signal.Signals(signum).name} {where}{go_on}")
+        self.signum = signum
+
+
+class StopRequest:
+    """While entered, a signal sets ``signum``, which the loop reads after each step.
+
+    Outside the steps (``at_once``), and for a second signal, TrainingInterrupted is raised where the program is.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.signum: int | None = None
+        self.at_once = True
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._earlier[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        second, self.signum = self.signum is not None, number
+        if self.at_once or second:
+            raise TrainingInterrupted(number, self.out, "outside the training steps" if self.at_once else "twice")
