@@ -77,10 +77,6 @@ class _EvaluationImages(Dataset[tuple[torch.Tensor | str, int]]):
             return str(error), index
 
 
-def _as_list(items: list[tuple[torch.Tensor | str, int]]) -> list[tuple[torch.Tensor | str, int]]:
-    return items
-
-
 def image_batches(
     records: Sequence[ImageRecord],
     *,
@@ -99,7 +95,7 @@ def image_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     dataset = _EvaluationImages(list(records), height, width, on_error)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_as_list,
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=list,
                         generator=torch.Generator())  # fmt: skip
     for items in loader:
         images, indices = [], []

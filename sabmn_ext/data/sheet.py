@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .images import UnreadableImageError, load_image
 from .records import ImageRecord, ReidData
@@ -11,8 +12,10 @@ from .records import ImageRecord, ReidData
 if TYPE_CHECKING:
     from PIL import Image
 
+T = TypeVar("T")
 
-def _evenly(items: list[ImageRecord], count: int) -> list[ImageRecord]:
+
+def _evenly(items: Sequence[T], count: int) -> Sequence[T]:
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
 
 
@@ -29,12 +32,10 @@ def draw_sheet(
     for record in data.train or [*data.query, *data.gallery]:
         if record.pid >= 0:
             people.setdefault(record.pid, []).append(record)
-    pids = sorted(people)
-    pids = [pids[i * len(pids) // rows] for i in range(rows)] if len(pids) > rows else pids
+    pids = _evenly(sorted(people), rows)
     label, gap = 14, 4
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, len(pids) * (height + label + gap) + gap), (255, 255, 255)
-    )
+    size = columns * (width + gap) + gap, len(pids) * (height + label + gap) + gap
+    sheet = Image.new("RGB", size, (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for row, pid in enumerate(pids):
         images = sorted(people[pid], key=lambda record: (record.camid, record.path))
