@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sabmn_ext.nn.attention import SelfAttention2d
 from sabmn_ext.ops import dispatch
+from sabmn_ext.training.loop import train_step
 
 HEIGHT, WIDTH, MARK = 8, 16, 4  # the marks are at least 6 pixels apart
 STEPS, BATCH, RATE = 600, 64, 0.01
@@ -52,12 +53,6 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
         logits = self.classifier(self.head(self.attention(self.local(images))))
         return [logits] if self.training else logits
-
-
-def train_step(model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    torch.stack([nn.functional.cross_entropy(logits, labels) for logits in model(images)]).sum().backward()
-    optimizer.step()
 
 
 def accuracy_on_fresh_images(attention: bool, seed: int) -> tuple[float, Network]:
