@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 
@@ -16,6 +17,15 @@ def _write(folder: Path, pids, cameras, seed):
             image = Image.effect_noise((16, 32), 40).convert("RGB")
             image = Image.blend(image, Image.new("RGB", image.size, shirt), 0.7)
             image.save(folder / f"{pid:04d}_c{camera}s1_{rng.randrange(10**6):06d}_00.jpg")
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Networks this small are slower with several threads, and far slower where others use the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

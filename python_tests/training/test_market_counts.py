@@ -13,7 +13,7 @@ from sabmn_ext.training.checkpoint import load_checkpoint
 
 def test_twenty_steps_through_resume_and_evaluation(tmp_path, monkeypatch, capsys):
     root, out = make_fake_market(tmp_path / "market", full=True), tmp_path / "run"
-    small = ["--backbone", "resnet18", "--image-size", "32x16", "--set", "model.feature_dim=16"]
+    small = ["--backbone", "resnet18", "--image-size", "16x8", "--set", "model.feature_dim=16"]
     more = ["--weights", "none", "--device", "cpu", "--max-steps", "20", "--set", "evaluation.batch_size=512"]
     real_step, shapes = loop.train_step, []
 
@@ -30,7 +30,7 @@ def test_twenty_steps_through_resume_and_evaluation(tmp_path, monkeypatch, capsy
     assert state["step"] == 11
     assert state["model_config"]["num_classes"] == 751
     assert main(["--out", str(out), "--resume"]) == 0
-    assert shapes == [(64, 3, 32, 16)] * 20
+    assert shapes == [(64, 3, 16, 8)] * 20
     assert "note:" not in capsys.readouterr().out, "the counts are the published ones"
     result = json.loads((out / "result.json").read_text())
     assert result["steps"] == 20
