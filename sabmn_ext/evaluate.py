@@ -157,11 +157,11 @@ def run(args: argparse.Namespace) -> None:
         query_names=query.paths,
         gallery_names=gallery.paths,
     )
-    print(result.table())
     invalid = [q if query.paths is None else query.paths[q] for q in result.invalid_queries]
     details = {"num_junk": result.num_junk, "metric": metric, "camera_rule": result.camera_rule}
     report = result.to_dict() | about | details | {"invalid_queries": invalid, "cmc": result.cmc.tolist()}
     output.write_text(json.dumps(report, indent=2) + "\n")
+    print(result.table())
     print(f"written: {output}")
     if args.ranked:
         titles = pick_queries(result.ap, query.pids)
