@@ -1,5 +1,6 @@
 """The operations as functions of tensors."""
 
 from sabmn_ext.ops.attention import attention_map, self_attention2d
+from sabmn_ext.ops.spectral_norm import spectral_norm
 
-__all__ = ["attention_map", "self_attention2d"]
+__all__ = ["attention_map", "self_attention2d", "spectral_norm"]
