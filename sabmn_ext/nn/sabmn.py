@@ -32,7 +32,8 @@ class SABMN(nn.Module):
         last_stride: stride of the fourth stage.
         pooling: "max" or "avg", over all positions.
         feature_bias: whether the added 1×1 convolution has a bias.
-        weights: of the backbone: "imagenet" (downloaded once), "none" (random) or a file (``load_backbone_weights``).
+        weights: of the backbone: "imagenet" (downloaded once), "none" or None (random), or a file; see
+            ``load_backbone_weights``.
 
     Shape:
         images [B, 3, H, W], normalised as ImageNet's → train mode: ``num_classifiers`` tensors [B, num_classes];
@@ -60,7 +61,7 @@ class SABMN(nn.Module):
         last_stride: int = 1,
         pooling: str = "max",
         feature_bias: bool = False,
-        weights: str = "imagenet",
+        weights: str | None = "imagenet",
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("num_classifiers", num_classifiers)):
@@ -84,7 +85,7 @@ class SABMN(nn.Module):
             "feature_bias": feature_bias,
         }
         self.backbone = ResNet(backbone, last_stride)
-        load_backbone_weights(self.backbone, backbone, weights)
+        load_backbone_weights(self.backbone, backbone, weights or "none")
         self.attention_stage = attention_stage
         self.attention = (
             SelfAttention2d(self.backbone.channels[attention_stage - 1], reduction) if attention_stage else None
