@@ -181,6 +181,21 @@ def test_remove_bakes_the_weight_in() -> None:
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     assert torch.allclose(model.eval()(x), expected, atol=1e-12)
+    plain = network()
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model(x), plain.eval()(x))
+
+
+def test_remove_from_a_part_leaves_the_rest() -> None:
+    model = spectral_norm_model(network(), preserve_eval=False)
+    remove_spectral_norm(model[0])
+    assert [is_normalized(m) for m in (model[0], model[3], model[4])] == [False, True, True]
+    u = model[3].parametrizations.weight[0]._u.clone()
+    model(torch.randn(2, 3, 6, 5, dtype=torch.float64)).sum().backward()
+    assert not torch.equal(u, model[3].parametrizations.weight[0]._u)
+    assert model[0].weight.grad is not None
+    (group,) = {hook.__self__ for hook in model._forward_pre_hooks.values()}
+    assert [name for name, *_ in group.members] == ["3.weight", "4.weight"]
 
 
 def test_zero_weight_is_named() -> None:

@@ -50,6 +50,7 @@ class SpectralNorm(nn.Module):
             raise ValueError(f"n_power_iterations is {n_power_iterations}, expected 1 or more")
         self.n_power_iterations, self.dim, self.eps = n_power_iterations, dim % weight.dim(), eps
         self.normalized: Tensor | None = None  # this forward's, while the root's forward runs
+        self.removed = False  # from its layer; the group, which may hang on any module above, then forgets it
         if weight.dim() > 1:
             with torch.no_grad():
                 matrix = self.rows_first(weight).flatten(1)
@@ -107,6 +108,7 @@ class _Group:
         self.depth += 1
         if self.depth > 1:
             return
+        self.forget_removed()
         kinds: dict[Any, list[tuple[str, Tensor, SpectralNorm]]] = {}
         for name, owner, layer in self.members:
             weight = owner.original
@@ -123,6 +125,10 @@ class _Group:
         if self.depth == 0:
             for _, _, layer in self.members:
                 layer.normalized = None
+
+    def forget_removed(self) -> None:
+        if any(layer.removed for _, _, layer in self.members):
+            self.members = [member for member in self.members if not member[2].removed]
 
     def attach(self, root: nn.Module) -> None:
         root.register_forward_pre_hook(self.begin)
@@ -171,8 +177,8 @@ def _register(
 
 
 def _accept_old_keys(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Renames the keys of torch's older ``nn.utils.spectral_norm``, and of a plain weight, to the parametrization's."""
-    for name in _parametrizations(module):
+    """Renames the keys of torch's older ``nn.utils.spectral_norm`` to the parametrization's."""
+    for name in _parametrizations(module) if parametrize.is_parametrized(module) else ():
         new = f"{prefix}parametrizations.{name}"
         old_keys = {f"{name}_orig": f"{new}.original", f"{name}_u": f"{new}.0._u", f"{name}_v": f"{new}.0._v"}
         for old, key in old_keys.items():
@@ -264,14 +270,11 @@ def remove_spectral_norm(module: nn.Module) -> nn.Module:
         for name, owner in _parametrizations(host).items():
             if any(isinstance(layer, SpectralNorm) for layer in owner):
                 owner.eval()  # no power iteration while the value is read
+                for layer in owner:
+                    layer.removed = True
                 parametrize.remove_parametrizations(host, name, leave_parametrized=True)
-                for key, hook in list(host._load_state_dict_pre_hooks.items()):
-                    if getattr(hook, "hook", hook) is _accept_old_keys and not parametrize.is_parametrized(host):
-                        del host._load_state_dict_pre_hooks[key]
     for root, key, group in _groups(module):
-        group.members = [
-            member for member in group.members if any(member[1] is owner for owner in _owners(root))
-        ]
+        group.forget_removed()
         if not group.members:
             del root._forward_pre_hooks[key]
             for other, hook in list(root._forward_hooks.items()):
@@ -279,7 +282,3 @@ def remove_spectral_norm(module: nn.Module) -> nn.Module:
                     del root._forward_hooks[other]
                     root._forward_hooks_always_called.pop(other, None)
     return module
-
-
-def _owners(root: nn.Module) -> Iterable[nn.Module]:
-    return (module for module in root.modules() if isinstance(module, parametrize.ParametrizationList))
