@@ -67,13 +67,15 @@ def draw_ranked(
     Args:
         titles: query index → what stands under it (``pick_queries``).
         ap: [Q] the queries' average precision.
-        height: of an image in pixels; the width is half of it.
+        height: of an image in pixels; the width, for all images, is in the first query's proportion.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     if query.paths is None or gallery.paths is None:
         raise ValueError("ranked galleries need the files of the images")
-    width, frame, gap, text = height // 2, 3, 8, 28
+    with Image.open(query.paths[next(iter(titles))]) as first:
+        width = min(max(height * first.width // first.height, height // 2), 2 * height)  # labels need some
+    frame, gap, text = 3, 8, 28
     cell, row = width + 2 * frame + gap, height + 2 * frame + text + gap
     sheet = Image.new("RGB", (gap * 3 + (k + 1) * cell, gap + row * len(titles)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
