@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from sabmn_ext.nn.attention import SelfAttention2d
 from sabmn_ext.nn.resnet import ResNet
 from sabmn_ext.nn.spectral_norm import is_normalized, remove_spectral_norm, spectral_norm, spectral_norm_model
 from sabmn_ext.ops import dispatch
@@ -320,3 +321,13 @@ def test_variances_near_eps_are_reported() -> None:
     model[1].running_var.fill_(1e-7)
     with pytest.warns(UserWarning, match=r"near the batch norm's eps 1e-05 in 4 of 4 channels"):
         spectral_norm_model(model)
+
+
+def test_a_block_that_is_normalised_already_is_updated_once() -> None:
+    block = SelfAttention2d(8, 2, spectral_norm=True)
+    model = spectral_norm_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), block), preserve_eval=False)
+    assert len(block.query.parametrizations.weight) == 1
+    with dispatch.record() as calls:
+        model(torch.randn(2, 3, 6, 5))
+    assert [name for name, _ in calls] == ["spectral_norm_forward", "spectral_norm_forward", "attention_forward"]
+    assert all(is_normalized(m) for m in model.modules() if isinstance(m, nn.Conv2d))
