@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -14,6 +15,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"seed: {config.getoption('--seed')} (repeat with --seed)"
+
+
+@pytest.fixture(autouse=True)
+def seeded_generators(request: pytest.FixtureRequest) -> None:
+    """Every test starts from the run's seed, whichever tests ran before it."""
+    torch.manual_seed(request.config.getoption("--seed"))
 
 
 @pytest.fixture
