@@ -12,6 +12,15 @@ from sabmn_ext.ops import dispatch, reference
 from sabmn_ext.ops.spectral_norm import spectral_norm
 
 SHAPES = [(1, 1), (3, 5), (7, 1, 3, 3), (1, 17), (65, 33), (130, 3, 5, 5), (31, 129)]
+# of the weights and of the normalised weights
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+]
 needs_native = pytest.mark.skipif(_native.module is None, reason=_native.missing_reason)
 
 
@@ -31,17 +40,20 @@ def draw(
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_forward_and_backward_against_float64(dtype: torch.dtype, backend: str, iterations: int, seed: int) -> None:
+@pytest.mark.parametrize(("dtype", "out"), DTYPES)
+def test_forward_and_backward_against_float64(
+    dtype: torch.dtype, out: torch.dtype, backend: str, iterations: int, seed: int
+) -> None:
     weights, u, v = draw(SHAPES, dtype, seed)
     # Near the singular vectors, as in a network: with others σ may vanish, and everything is ill-conditioned.
-    pairs = zip(weights, u, v, strict=True)
-    iterated = [reference.power_iteration(w.flatten(1), left, right, 2, 1e-12) for w, left, right in pairs]
-    u, v = [left for left, _ in iterated], [right for _, right in iterated]
+    iterated = [reference.spectral_norm(*matrix, 2) for matrix in zip(weights, u, v, strict=True)]
+    u, v = [left for _, left, _, _ in iterated], [right for _, _, right, _ in iterated]
     weights = [w.requires_grad_() for w in weights]
     with dispatch.record() as calls:
-        normalized, u_new, v_new, sigma = spectral_norm(weights, u, v, n_power_iterations=iterations, backend=backend)
-        cotangents, *_ = draw(SHAPES, dtype, seed + 1000)
+        normalized, u_new, v_new, sigma = spectral_norm(
+            weights, u, v, n_power_iterations=iterations, dtype=out, backend=backend
+        )
+        cotangents, *_ = draw(SHAPES, out, seed + 1000)
         gradients = torch.autograd.grad(normalized, weights, cotangents)
     assert calls == [("spectral_norm_forward", backend), ("spectral_norm_backward", backend)]
 
@@ -50,7 +62,7 @@ def test_forward_and_backward_against_float64(dtype: torch.dtype, backend: str, 
         exact = reference.spectral_norm(exact_weight, u[i].double(), v[i].double(), iterations)
         (exact_gradient,) = torch.autograd.grad(exact[0], exact_weight, cotangents[i].double())
         plain_weight = weight.detach().clone().requires_grad_()
-        plain = reference.spectral_norm(plain_weight, u[i], v[i], iterations)
+        plain = reference.spectral_norm(plain_weight, u[i], v[i], iterations, dtype=out)
         (plain_gradient,) = torch.autograd.grad(plain[0], plain_weight, cotangents[i])
         ours = (normalized[i], u_new[i], v_new[i], sigma[i])
         for our_part, plain_part, exact_part in zip(ours, plain, exact, strict=True):
@@ -69,7 +81,8 @@ def test_every_instruction_set(isa: str) -> None:
     except ValueError as error:
         pytest.skip(str(error))
     try:
-        test_forward_and_backward_against_float64(torch.float32, "cpu", 1, seed=2)
+        for dtype, out in DTYPES:
+            test_forward_and_backward_against_float64(dtype, out, "cpu", 1, seed=2)
     finally:
         native.set_isa(before)
 
@@ -109,17 +122,6 @@ def test_channels_last_weights_keep_their_format(backend: str) -> None:
     assert torch.allclose(ours, spectral_norm(weights, u, v, backend=backend)[0][0], atol=1e-6)
     (gradient,) = torch.autograd.grad(ours.square().sum(), last)
     assert gradient.stride() == last.stride()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_weights_are_served_by_torch(dtype: torch.dtype) -> None:
-    weights, u, v = draw([(8, 12)], dtype, 6)
-    with dispatch.record() as calls:
-        normalized, *_ = spectral_norm(weights, u, v)
-    assert calls == [("spectral_norm_forward", "torch")]
-    assert normalized[0].dtype == dtype
-    with pytest.raises(RuntimeError, match="serves float32, float64, not"):
-        spectral_norm(weights, u, v, backend="cpu")
 
 
 def test_gradcheck_and_gradgradcheck() -> None:
@@ -170,7 +172,7 @@ def test_torch_func() -> None:
 def test_opcheck(backend: str) -> None:
     weights, u, v = draw([(3, 4), (5, 2, 3, 3)], torch.float32, 10)
     ops = torch.ops.sabmn_ext
-    torch.library.opcheck(ops.spectral_norm_forward, (weights, u, v, 1, 1e-12, ["a", "b"], backend))
+    torch.library.opcheck(ops.spectral_norm_forward, (weights, u, v, 1, 1e-12, ["a", "b"], None, backend))
     gradients = [torch.randn_like(w) for w in weights]
     sigma = torch.rand(2) + 1
     torch.library.opcheck(ops.spectral_norm_backward, (gradients, weights, u, v, sigma, backend))
@@ -205,6 +207,8 @@ def test_clear_errors() -> None:
         spectral_norm([weights[0], torch.zeros(5, 2)], u, v, names=["conv1", "conv2"])
     with pytest.raises(RuntimeError, match=r"singular value of conv1 is nan"):
         spectral_norm([weights[0] * float("nan"), weights[1]], u, v, names=["conv1", "conv2"])
+    with pytest.raises(ValueError, match=r"dtype is torch.float16 for weights of torch.float64"):
+        spectral_norm([weights[0].double()], [u[0].double()], [v[0].double()], dtype=torch.float16)
     with pytest.raises(ValueError, match="backend 'gpu' is unknown"):
         spectral_norm(weights, u, v, backend="gpu")
 

@@ -1,30 +1,35 @@
 """Spectral normalisation of many weights in one call: schema, dispatch and autograd.
 
-The formulas stand in ``reference.spectral_norm``. A weight of any shape is the matrix ``weight.flatten(1)``.
+The formulas stand in ``reference.spectral_norm``. A weight of any shape is the matrix ``weight.flatten(1)``. The
+kernels are called in ``ops/cpu/``, ``ops/cuda/`` and ``ops/triton/``.
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
+from sabmn_ext.ops.cpu.buffers import Buffers
 
 Tensors = Sequence[Tensor]
 
 _library = torch.library.Library("sabmn_ext", "FRAGMENT")
 _library.define(
     "spectral_norm_forward(Tensor[] weights, Tensor[] u, Tensor[] v, int n_power_iterations, float eps, str[] names, "
-    "str backend) -> (Tensor[], Tensor[], Tensor[], Tensor)"
+    "ScalarType? dtype, str backend) -> (Tensor[], Tensor[], Tensor[], Tensor)"
 )
 _library.define(
     "spectral_norm_backward(Tensor[] gradients, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma, str backend) "
     "-> Tensor[]"
 )
 for _operation in ("spectral_norm_forward", "spectral_norm_backward"):
-    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.float64))
+    dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
+
+# The memory of normalised weights and of gradients on the CPU.
+_buffers = Buffers()
 
 
 def spectral_norm(
@@ -35,6 +40,8 @@ def spectral_norm(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     names: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    group_bytes: int | None = None,
     backend: str | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """Divide every weight by its largest singular value, as estimated by power iteration.
@@ -46,14 +53,20 @@ def spectral_norm(
         n_power_iterations: updates of u and v before σ is taken; 0 in eval mode.
         eps: the smallest length that a vector is divided by.
         names: what errors call the weights.
+        dtype: of the normalised weights; None is the weights' own. float32 weights can be asked for in a 16-bit dtype.
+        group_bytes: cut the weights, in their order, into groups of at most so many bytes. Each is a call and a node of
+            the graph of its own, so that its gradients do not wait for those of the others. None: one group.
 
     Returns:
-        the normalised weights (shapes of ``weights``), the new u and v (fresh tensors), and σ [len(weights)]. Only the
-        normalised weights carry a gradient; u and v are its constants.
+        the normalised weights (shapes of ``weights``), the new u and v (fresh tensors), and σ [len(weights)], float64
+        for float64 weights and float32 otherwise. Only the normalised weights carry a gradient; u and v are its
+        constants.
 
     Raises:
-        ValueError: lists of different lengths, dtypes or devices; shapes that do not belong together.
-        RuntimeError: a weight whose σ is zero or not finite, by name; a backend that cannot serve.
+        ValueError: lists of different lengths, dtypes or devices; shapes that do not belong together; a ``dtype`` that
+            is not served.
+        RuntimeError: a weight whose σ is zero or not finite, by name (on the CPU: elsewhere the host would have to wait
+            for the device); a backend that cannot serve.
     """
     if not weights:
         raise ValueError("weights is empty; expected at least one tensor")
@@ -79,9 +92,31 @@ def spectral_norm(
                 f"{name} is {list(weight.shape)}, so u has [{rows}] and v [{weight.numel() // max(rows, 1)}] elements; "
                 f"given {list(left.shape)} and {list(right.shape)}"
             )
-    n = len(weights)
-    outputs = _SpectralNorm.apply(n, n_power_iterations, eps, names, backend or "", *weights, *u, *v)
-    return list(outputs[:n]), list(outputs[n : 2 * n]), list(outputs[2 * n : 3 * n]), outputs[-1]
+    if dtype not in (None, first.dtype) and not (first.dtype == torch.float32 and dtype in _HALF):
+        raise ValueError(f"dtype is {dtype} for weights of {first.dtype}; expected the same, or 16 bits for float32")
+    parts = []
+    for begin, end in _groups(weights, group_bytes):
+        n = end - begin
+        tensors = (*weights[begin:end], *u[begin:end], *v[begin:end])
+        outputs = _SpectralNorm.apply(n, n_power_iterations, eps, names[begin:end], dtype, backend or "", *tensors)
+        parts.append((outputs[:n], outputs[n : 2 * n], outputs[2 * n : 3 * n], outputs[-1]))
+    normalized, u_new, v_new = ([t for part in parts for t in part[k]] for k in range(3))
+    return normalized, u_new, v_new, parts[0][3] if len(parts) == 1 else torch.cat([part[3] for part in parts])
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _groups(weights: Tensors, group_bytes: int | None) -> list[tuple[int, int]]:
+    """Runs of weights, as (begin, end), of at most ``group_bytes`` each where one weight alone is not more."""
+    begins, size = [0], 0
+    for i, weight in enumerate(weights):
+        nbytes = weight.numel() * weight.element_size()
+        if group_bytes is not None and i > begins[-1] and size + nbytes > group_bytes:
+            begins.append(i)
+            size = 0
+        size += nbytes
+    return list(zip(begins, [*begins[1:], len(weights)], strict=True))
 
 
 class _SpectralNorm(torch.autograd.Function):
@@ -89,26 +124,32 @@ class _SpectralNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        count: int, n_power_iterations: int, eps: float, names: list[str], backend: str, *tensors: Tensor
+        count: int,
+        n_power_iterations: int,
+        eps: float,
+        names: list[str],
+        dtype: torch.dtype | None,
+        backend: str,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         weights, u, v = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         normalized, u_new, v_new, sigma = torch.ops.sabmn_ext.spectral_norm_forward(
-            weights, u, v, n_power_iterations, eps, names, backend
+            weights, u, v, n_power_iterations, eps, names, dtype, backend
         )
         return (*normalized, *u_new, *v_new, sigma)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.count, ctx.backend = inputs[0], inputs[4]
+        ctx.count, ctx.backend = inputs[0], inputs[5]
         ctx.set_materialize_grads(False)  # a layer that a step did not use has no gradient
         ctx.mark_non_differentiable(*output[ctx.count :])
-        ctx.save_for_backward(*inputs[5 : 5 + ctx.count], *output[ctx.count :])
+        ctx.save_for_backward(*inputs[6 : 6 + ctx.count], *output[ctx.count :])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         n = ctx.count
         *saved, sigma = ctx.saved_tensors
-        used = [i for i in range(n) if gradients[i] is not None and ctx.needs_input_grad[5 + i]]
+        used = [i for i in range(n) if gradients[i] is not None and ctx.needs_input_grad[6 + i]]
         results: list[Tensor | None] = [None] * n
         if used:
             if len(used) < n:
@@ -127,7 +168,7 @@ class _SpectralNorm(torch.autograd.Function):
                 )
             for i, gradient in zip(used, weight_gradients, strict=True):
                 results[i] = gradient
-        return (None, None, None, None, None, *results, *[None] * (2 * n))
+        return (None, None, None, None, None, None, *results, *[None] * (2 * n))
 
 
 class _SpectralNormBackward(torch.autograd.Function):
@@ -169,101 +210,114 @@ class _SpectralNormBackward(torch.autograd.Function):
 # ---- the ops themselves (private: a direct call has no gradient) ----
 
 
-def _longest_first(weights: Tensors) -> list[int]:
-    return sorted(range(len(weights)), key=lambda i: -weights[i].numel())
+def _kernels(backend: str) -> Any:
+    """The module whose ``forward`` and ``backward`` fill lists of dense tensors."""
+    return importlib.import_module(f"sabmn_ext.ops.{backend}.spectral_norm")
 
 
-def _addresses(tensors: Tensors, order: list[int]) -> list[int]:
-    return [tensors[i].data_ptr() for i in order]
+def _dense(weight: Tensor) -> tuple[Tensor, int]:
+    """A dense matrix in memory, copied only where ``weight`` is none, and the order of its columns.
+
+    Column m in memory is column (m % inner)·(columns / inner) + m / inner of ``weight.flatten(1)``: convolutions in
+    channels_last have their input channels innermost.
+    """
+    columns = weight[0].numel()
+    if not weight.is_contiguous():
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        if weight.dim() in formats and weight.is_contiguous(memory_format=formats[weight.dim()]):
+            return weight, weight.shape[1]
+    return weight.contiguous(), columns
+
+
+def _empty_like(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    if tensors[0].device.type == "cpu":
+        return _buffers.empty_like(tensors, dtype)
+    return [torch.empty_like(t, dtype=dtype) for t in tensors]
+
+
+def _like(tensor: Tensor, model: Tensor) -> Tensor:
+    """``tensor`` in the memory format of ``model``."""
+    expected = torch.empty_like(model, dtype=tensor.dtype)
+    return tensor if expected.stride() == tensor.stride() else expected.copy_(tensor)
 
 
 def _forward(
-    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float, names: Sequence[str], backend: str
+    weights: Tensors,
+    u: Tensors,
+    v: Tensors,
+    n_power_iterations: int,
+    eps: float,
+    names: Sequence[str],
+    dtype: torch.dtype | None,
+    backend: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     first = weights[0]
-    if dispatch.choose("spectral_norm_forward", backend, first.device, first.dtype) == "cpu":
-        normalized, u_new, v_new, sigma = _forward_cpu(weights, u, v, n_power_iterations, eps)
-    else:
+    taken = dispatch.choose("spectral_norm_forward", backend, first.device, first.dtype)
+    if taken == "torch":
         results = [
-            reference.spectral_norm(w, left, right, n_power_iterations, eps)
+            reference.spectral_norm(w, left, right, n_power_iterations, eps, dtype)
             for w, left, right in zip(weights, u, v, strict=True)
         ]
         normalized, u_new, v_new = ([result[k] for result in results] for k in range(3))
         sigma = torch.stack([result[3] for result in results])
-    if sigma.device.type == "cpu":  # elsewhere the host would have to wait for the device
+    else:
+        dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
+        normalized = _empty_like(dense, dtype or first.dtype)
+        u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
+        u_new, v_new = [torch.empty_like(t) for t in u], [torch.empty_like(t) for t in v]
+        sigma = first.new_empty(len(weights), dtype=reference.wide(first.dtype))
+        _kernels(taken).forward(dense, u, v, normalized, u_new, v_new, inner, sigma, n_power_iterations, eps)
+    if sigma.device.type == "cpu":
+        check_sigma(names, sigma)
+    return [_like(n, w) for n, w in zip(normalized, weights, strict=True)], u_new, v_new, sigma
+
+
+def check_sigma(names: Sequence[str], sigma: Tensor) -> None:
+    """Raise a RuntimeError that names the weights whose σ cannot be divided by: zero, or not finite."""
+    if not bool((sigma.abs() >= torch.finfo(sigma.dtype).tiny).logical_and(sigma.isfinite()).all()):
         for name, value in zip(names, sigma.tolist(), strict=True):
-            if not 0 < abs(value) < float("inf"):
+            if not torch.finfo(sigma.dtype).tiny <= abs(value) < float("inf"):
                 raise RuntimeError(
                     f"the largest singular value of {name} is {value}: the weight is zero, overflows or is not finite, "
                     "so it cannot be divided by it. Initialise the layer, or exclude it from spectral normalisation"
                 )
-    return normalized, u_new, v_new, sigma
-
-
-def _forward_cpu(
-    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    assert _native.module is not None
-    dense = [w.contiguous() for w in weights]
-    u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
-    normalized = [torch.empty_like(w) for w in dense]
-    u_new, v_new = [torch.empty_like(t) for t in u], [torch.empty_like(t) for t in v]
-    sigma = dense[0].new_empty(len(weights))
-    order = _longest_first(dense)
-    status = _native.module.spectral_norm_forward(
-        *(_addresses(tensors, order) for tensors in (dense, u, v, normalized, u_new, v_new)),
-        [dense[i].shape[0] for i in order],
-        [v[i].numel() for i in order],
-        sigma.data_ptr(),
-        n_power_iterations,
-        eps,
-        dispatch.DTYPE_CODES[sigma.dtype],
-        torch.get_num_threads(),
-    )
-    dispatch.check_status(status, "spectral_norm_forward", *weights)
-    in_order = torch.empty_like(sigma)
-    in_order[order] = sigma
-    normalized = [_like(n, w) for n, w in zip(normalized, weights, strict=True)]
-    return normalized, u_new, v_new, in_order
-
-
-def _like(tensor: Tensor, model: Tensor) -> Tensor:
-    """``tensor`` in the memory format of ``model`` (channels_last convolutions stay channels_last)."""
-    expected = torch.empty_like(model)
-    return tensor if expected.stride() == tensor.stride() else expected.copy_(tensor)
 
 
 def _backward(
     gradients: Tensors, weights: Tensors, u: Tensors, v: Tensors, sigma: Tensor, backend: str
 ) -> list[Tensor]:
-    if dispatch.choose("spectral_norm_backward", backend, sigma.device, sigma.dtype) == "torch":
-        return [
-            _like(reference.spectral_norm_backward(*inputs), inputs[1])
-            for inputs in zip(gradients, weights, u, v, strict=True)
+    taken = dispatch.choose("spectral_norm_backward", backend, sigma.device, weights[0].dtype)
+    if taken == "torch":
+        results = [
+            reference.spectral_norm_backward(*inputs) for inputs in zip(gradients, weights, u, v, strict=True)
         ]
-    assert _native.module is not None
-    dense_gradients, dense = [g.contiguous() for g in gradients], [w.contiguous() for w in weights]
-    u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
-    results = [torch.empty_like(w) for w in dense]
-    order = _longest_first(dense)
-    ordered_sigma = sigma[order]
-    status = _native.module.spectral_norm_backward(
-        *(_addresses(tensors, order) for tensors in (dense_gradients, dense, u, v, results)),
-        [dense[i].shape[0] for i in order],
-        [v[i].numel() for i in order],
-        ordered_sigma.data_ptr(),
-        dispatch.DTYPE_CODES[sigma.dtype],
-        torch.get_num_threads(),
-    )
-    dispatch.check_status(status, "spectral_norm_backward", *weights)
+    else:
+        dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
+        # A gradient has to lie in memory as its weight does.
+        ordered = [
+            g if g.stride() == w.stride() else torch.empty_like(w, dtype=g.dtype).copy_(g)
+            for g, w in zip(gradients, dense, strict=True)
+        ]
+        results = _empty_like(dense, weights[0].dtype)
+        u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
+        _kernels(taken).backward(ordered, dense, u, v, inner, sigma.contiguous(), results)
     return [_like(result, w) for result, w in zip(results, weights, strict=True)]
 
 
 def _forward_fake(
-    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float, names: Sequence[str], backend: str
+    weights: Tensors,
+    u: Tensors,
+    v: Tensors,
+    n_power_iterations: int,
+    eps: float,
+    names: Sequence[str],
+    dtype: torch.dtype | None,
+    backend: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    like = [[torch.empty_like(t) for t in tensors] for tensors in (weights, u, v)]
-    return like[0], like[1], like[2], weights[0].new_empty(len(weights))
+    normalized = [torch.empty_like(w, dtype=dtype) for w in weights]
+    u_new, v_new = ([torch.empty_like(t) for t in tensors] for tensors in (u, v))
+    sigma = weights[0].new_empty(len(weights), dtype=reference.wide(weights[0].dtype))
+    return normalized, u_new, v_new, sigma
 
 
 def _backward_fake(
