@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def is_running() -> bool:
-    """Whether a backward pass runs in this thread, so that what is read now is recomputed; not known in compiled code."""
+    """Whether a backward pass runs in this thread, and what is read now is recomputed; compiled code cannot tell."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -97,8 +97,13 @@ def spectral_norm(
     parts = []
     for begin, end in _groups(weights, group_bytes):
         n = end - begin
-        tensors = (*weights[begin:end], *u[begin:end], *v[begin:end])
-        outputs = _SpectralNorm.apply(n, n_power_iterations, eps, names[begin:end], dtype, backend or "", *tensors)
+        tensors = (weights[begin:end], u[begin:end], v[begin:end])
+        options = (n_power_iterations, eps, names[begin:end], dtype, backend or "")
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(w.requires_grad for w in tensors[0])):
+            # Where no gradient is needed, the compiler inlines the Function, and fails on its varying arity.
+            parts.append(torch.ops.sabmn_ext.spectral_norm_forward(*tensors, *options))
+            continue
+        outputs = _SpectralNorm.apply(n, *options, *(t for column in tensors for t in column))
         parts.append((outputs[:n], outputs[n : 2 * n], outputs[2 * n : 3 * n], outputs[-1]))
     normalized, u_new, v_new = ([t for part in parts for t in part[k]] for k in range(3))
     return normalized, u_new, v_new, parts[0][3] if len(parts) == 1 else torch.cat([part[3] for part in parts])
