@@ -157,6 +157,9 @@ def remove_spectral_norm(module: nn.Module) -> nn.Module:
         for name, owner in parametrizations(host).items():
             if any(isinstance(layer, SpectralNorm) for layer in owner):
                 owner.eval()  # no power iteration while the value is read
+                # Torch takes the parameter's property off the class, which deep copies of the module share.
+                kind = type(host)
+                host.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                 parametrize.remove_parametrizations(host, name, leave_parametrized=True)
     for root, group in groups(module):
         group.forget_removed()
