@@ -168,6 +168,19 @@ def test_an_unused_layer_has_no_gradient_and_still_updates() -> None:
     assert all(moved(model, before))
 
 
+def test_two_forwards_before_one_backward(seed: int) -> None:
+    twins = network_twins(seed)
+    x, y = images(), images()
+    for model in (twins.ours, twins.theirs):
+        with parametrize.cached():
+            first = model(x).square().mean()
+        with parametrize.cached():
+            second = model(y).square().mean()
+        (first - second).backward()
+    for ours, theirs in zip(twins.ours.parameters(), twins.theirs.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-12)
+
+
 def test_functional_call(seed: int) -> None:
     twins = network_twins(seed)
     x = images()

@@ -4,6 +4,7 @@ Batch norm in eval mode computes (z − mean)/√(var + eps). Where z = Wx + b b
 with mean ← (mean − b)/σ + b and var ← (var + eps)/σ² − eps.
 """
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -20,15 +21,12 @@ Follower = _BatchNorm | None | str
 def followers(model: nn.Module, convolutions: Mapping[str, nn.Module]) -> dict[str, Follower]:
     """What follows each convolution: read off the traced graph if there is one, else off the module order."""
     for opaque in (False, True):
-        flags = {module: module.training for module in model.modules()}
         try:
-            # In train mode, since heads that only training uses have batch norms too.
-            graph = _Tracer(opaque).trace(model.train())
-        except Exception:  # tracing runs the user's forward with stand-ins, which may raise anything
+            # A copy, since tracing runs forwards, which may change what they read; in train mode, since heads that only
+            # training uses have batch norms too.
+            graph = _Tracer(opaque).trace(copy.deepcopy(model).train())
+        except Exception:  # they run with stand-ins for tensors, which may raise anything
             continue
-        finally:
-            for module, flag in flags.items():
-                module.training = flag
         return _from_graph(model, graph, convolutions)
     return _from_module_order(model, convolutions)
 
@@ -52,12 +50,13 @@ def _from_graph(
     modules: dict[object, nn.Module] = dict(model.named_modules(remove_duplicate=False))
 
     def successors(node: torch.fx.Node) -> list[nn.Module | None]:
-        """The modules that read a node, flattening aside; None for what is no module."""
+        """The modules that read a node, flattening and ``nn.Identity`` aside; None for what is no module."""
         found: list[nn.Module | None] = []
         for user in node.users:
             module = modules.get(user.target) if user.op == "call_module" else None
             flattens = user.target in ("flatten", "squeeze") or user.target is torch.flatten
-            found += successors(user) if flattens or isinstance(module, nn.Flatten) else [module]
+            passes = flattens or isinstance(module, (nn.Flatten, nn.Identity))
+            found += successors(user) if passes else [module]
         return found
 
     called = [(node, modules[node.target]) for node in graph.nodes if node.op == "call_module"]
