@@ -48,11 +48,15 @@ def assert_preserved(model: nn.Module, x: Tensor, tolerance: float = 1e-3, carel
     ],
 )
 def test_a_resnet(architecture: str, layers: int) -> None:
-    model = trained(ResNet(architecture), (4, 3, 64, 32))
-    assert_preserved(model, torch.randn(2, 3, 64, 32))
+    model = trained(ResNet(architecture).double(), (2, 3, 64, 32))
+    assert_preserved(model, torch.randn(1, 3, 64, 32, dtype=torch.float64), tolerance=1e-8)
     assert sum(is_normalized(m) for m in model.modules()) == layers
-    exact = trained(ResNet(architecture).double(), (2, 3, 64, 32))
-    assert_preserved(exact, torch.randn(1, 3, 64, 32, dtype=torch.float64), tolerance=1e-8)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_a_resnet_in_single_precision(architecture: str) -> None:
+    # Random networks of 101 and 152 layers enlarge float32's rounding errors to about 1e-3 by themselves.
+    assert_preserved(trained(ResNet(architecture), (4, 3, 64, 32)), torch.randn(2, 3, 64, 32))
 
 
 def test_sabmn() -> None:
