@@ -281,7 +281,7 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(ops.spectral_norm_forward, (weights, u, v, 1, 1e-12, ["a", "b"], None, backend))
     gradients = [torch.randn_like(w) for w in weights]
     sigma = torch.rand(2) + 1
-    torch.library.opcheck(ops.spectral_norm_backward, (gradients, weights, u, v, sigma, backend))
+    torch.library.opcheck(ops.spectral_norm_backward, (gradients, weights, torch.cat(u), torch.cat(v), sigma, backend))
 
 
 def test_compile_fullgraph() -> None:
