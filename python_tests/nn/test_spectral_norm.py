@@ -71,7 +71,7 @@ def test_remove_from_a_part_leaves_the_rest() -> None:
     assert not torch.equal(u, model[3].parametrizations.weight[0]._u)
     assert model[0].weight.grad is not None
     (group,) = {hook.__self__ for hook in model._forward_pre_hooks.values()}
-    assert [layer.name for *_, layer in group.members] == ["3.weight", "4.weight"]
+    assert [member.layer.name for member in group.members] == ["3.weight", "4.weight"]
 
 
 def test_clear_errors() -> None:

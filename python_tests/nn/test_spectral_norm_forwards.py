@@ -465,7 +465,7 @@ def test_a_parametrization_that_torch_removed_is_forgotten() -> None:
         nn.init.zeros_(model[0].weight)  # an error, were it still normalised
     model(images())
     (group,) = [group for _, group in spectral_norm_group.groups(model)]
-    assert [layer.name for *_, layer in group.members] == ["3.weight", "4.weight"]
+    assert [member.layer.name for member in group.members] == ["3.weight", "4.weight"]
 
 
 # ---- devices that the host does not wait for ----

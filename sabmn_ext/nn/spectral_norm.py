@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sabmn_ext.nn.batch_norm import followers, rescale, warn_about
-from sabmn_ext.nn.spectral_norm_group import Group, groups, parametrizations
+from sabmn_ext.nn.spectral_norm_group import Group, Member, groups, parametrizations
 from sabmn_ext.nn.spectral_norm_layer import SpectralNorm
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -61,8 +61,9 @@ def _register(
     layer.train(module.training)
     parametrize.register_parametrization(module, name, layer, unsafe=True)
     module.register_load_state_dict_pre_hook(_accept_old_keys)
-    if weight.dim() > 1 and parametrizations(module)[name][0] is layer:
-        group.members.append((module, name, layer))
+    owner = parametrizations(module)[name]
+    if weight.dim() > 1 and owner[0] is layer:  # else it is normalised where the forward reads it first
+        group.members.append(Member(module, name, owner, layer))
 
 
 def _accept_old_keys(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -1,7 +1,7 @@
 """The normalised weights below one root module: updated together, by hooks around the root's forward."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,20 @@ def parametrizations(module: nn.Module) -> dict[str, Any]:
     return dict(cast(nn.ModuleDict, module.parametrizations).items()) if parametrize.is_parametrized(module) else {}
 
 
+class Member(NamedTuple):
+    """One normalised parameter."""
+
+    host: nn.Module
+    parameter: str
+    owner: parametrize.ParametrizationList
+    layer: SpectralNorm
+
+    def is_present(self) -> bool:
+        """Whether the parametrization is still there: torch's own function can take it off too."""
+        lists = self.host._modules.get("parametrizations")
+        return lists is not None and lists._modules.get(self.parameter) is self.owner
+
+
 class Group:
     """The hooks of one root.
 
@@ -24,17 +38,16 @@ class Group:
     """
 
     def __init__(self) -> None:
-        self.members: list[tuple[nn.Module, str, SpectralNorm]] = []  # module, name of its parameter, parametrization
+        self.members: list[Member] = []
         self.deferred = DeferredCheck()
 
     def begin(self, module: nn.Module, inputs: Any) -> None:
         running.enter()
         self.forget_removed()
         # The last layers first: DDP's buckets are filled from the end of the network.
-        members = [member for member in reversed(self.members) if member[2] not in running.normalized]
+        members = [member for member in reversed(self.members) if member.layer not in running.normalized]
         if members:
-            layers = [layer for _, _, layer in members]
-            weights = [parametrizations(host)[name].original for host, name, _ in members]
+            layers, weights = [member.layer for member in members], [member.owner.original for member in members]
             self.deferred.look()
             normalized, sigmas = normalize(layers, weights, cast=True)
             self.deferred.add(sigmas)
@@ -44,14 +57,8 @@ class Group:
         running.leave()
 
     def forget_removed(self) -> None:
-        """Drops layers whose parametrization is gone, taken off by this package or by torch's own function."""
-        present = [
-            (host, name, layer)
-            for host, name, layer in self.members
-            if parametrize.is_parametrized(host, name) and parametrizations(host)[name][0] is layer
-        ]
-        if len(present) < len(self.members):
-            self.members = present
+        if not all(member.is_present() for member in self.members):
+            self.members = [member for member in self.members if member.is_present()]
 
     def attach(self, root: nn.Module) -> None:
         root.register_forward_pre_hook(self.begin)
