@@ -71,7 +71,7 @@ def order_of_events(network: DistributedDataParallel) -> list[str]:
 
 def main(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    spectral_norm_layer.BUCKET_BYTES = 5_000
+    spectral_norm_layer.BUCKET_BYTES = 10_000
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )

@@ -83,7 +83,9 @@ def test_gradients_are_those_of_normalizing_first_and_casting_then(dtype: torch.
         assert_close_to_float64(mine, theirs, reference_gradient)
 
 
-def test_u_and_v_are_those_without_autocast() -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_u_and_v_are_those_without_autocast(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SABMN_BACKEND", backend)
     model = make()
     twin = copy.deepcopy(model)
     x = torch.randn(4, 3, 8, 7)

@@ -156,6 +156,16 @@ def test_a_forward_without_gradients_makes_the_older_one_stale_too(wrap: str, wh
 
 
 @pytest.mark.parametrize("wrap", ["reentrant", "not reentrant"])
+def test_a_part_called_alone_makes_the_older_one_stale_too(wrap: str) -> None:
+    model = normalize_ours(network())
+    x = images().requires_grad_()
+    old, new = WRAPS[wrap](model[0], x).sum(), WRAPS[wrap](model[0], x).square().sum()
+    new.backward()
+    with pytest.raises(RuntimeError, match=STALE):
+        old.backward()
+
+
+@pytest.mark.parametrize("wrap", ["reentrant", "not reentrant"])
 def test_forwards_in_eval_mode_make_nothing_stale(wrap: str) -> None:
     model, twin = make(WRAPS[wrap], 0.0).eval(), make(plain, 0.0).eval()
     x, y = images(), images()
