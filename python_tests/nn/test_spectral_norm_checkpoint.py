@@ -165,6 +165,36 @@ def test_a_part_called_alone_makes_the_older_one_stale_too(wrap: str) -> None:
         old.backward()
 
 
+def test_a_backward_pass_inside_a_forward() -> None:
+    class Inner(nn.Module):
+        """Its output is the gradient of a checkpointed layer, and of an older forward's where there is one."""
+
+        def __init__(self, wrap: Wrap) -> None:
+            super().__init__()
+            self.conv, self.wrap = nn.Conv2d(3, 3, 1), wrap
+            self.older: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.requires_grad_()
+            (gradient,) = torch.autograd.grad(self.wrap(self.conv, x).tanh().sum(), x, create_graph=True)
+            if self.older is not None:
+                self.older.backward()
+            return gradient
+
+    x = images()
+    results = []
+    for through in (WRAPS["not reentrant"], plain):
+        torch.manual_seed(3)
+        model = normalize_ours(Inner(through).double())
+        model(x.clone()).square().sum().backward()
+        results.append(model.conv.parametrizations.weight.original.grad)
+    assert torch.allclose(results[0], results[1], atol=1e-12)
+    model = normalize_ours(Inner(WRAPS["not reentrant"]).double())
+    model.older = model(x.clone()).sum()
+    with pytest.raises(RuntimeError, match=STALE):
+        model(x.clone())
+
+
 @pytest.mark.parametrize("wrap", ["reentrant", "not reentrant"])
 def test_forwards_in_eval_mode_make_nothing_stale(wrap: str) -> None:
     model, twin = make(WRAPS[wrap], 0.0).eval(), make(plain, 0.0).eval()

@@ -270,6 +270,7 @@ def test_a_forward_that_did_not_end_leaves_nothing_behind(error: type[BaseExcept
         handle = model[4].register_forward_hook(fail(error))
     with pytest.raises(error):
         model(images())
+    assert error is Interrupt or not (running.depth or running.normalized)
     handle.remove()
     twin = copy.deepcopy(model)
     for one in (model, twin):
@@ -287,7 +288,9 @@ def test_a_forward_that_did_not_end_leaves_nothing_behind(error: type[BaseExcept
     thread = threading.Thread(target=lambda: expected.append(go_on(twin)))
     thread.start()
     thread.join()
-    assert torch.allclose(go_on(model), expected[0], atol=1e-12)
+    with dispatch.record() as calls:
+        assert torch.allclose(go_on(model), expected[0], atol=1e-12)
+    assert then != "forward" or len(calls) == 1
     assert running.depth == 0
     assert not running.normalized
 
@@ -431,31 +434,37 @@ def test_old_keys_load_at_any_depth() -> None:
     assert torch.allclose(new.eval()["a"][1]["b"](new["a"][0](x)), expected, atol=1e-12)
 
 
-def test_parametrizations_of_torch_s_own_beside_ours(seed: int) -> None:
-    class Double(nn.Module):
+@pytest.mark.parametrize("first", [True, False])
+def test_parametrizations_of_other_kinds_beside_ours(seed: int, first: bool) -> None:
+    class Shift(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
-            return 2 * weight
+            return weight + 0.1
 
-    for first in (True, False):
+    def make() -> nn.Module:
+        layer = nn.Linear(3, 3)
+        return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 2)).double()
 
-        def normalize(one: Any, first: bool = first) -> Any:
-            def both(model: nn.Module) -> None:
-                if first:
-                    parametrize.register_parametrization(model[0], "weight", Double())
-                one(model[0])
-                if not first:
-                    parametrize.register_parametrization(model[0], "weight", Double())
+    def normalize(one: Any) -> Any:
+        def both(model: nn.Module) -> None:
+            if first:
+                parametrize.register_parametrization(model[0], "weight", Shift())
+            one(model)
+            if not first:
+                parametrize.register_parametrization(model[0], "weight", Shift())
 
-            return both
+        return both
 
-        def make() -> nn.Module:
-            return nn.Sequential(nn.Linear(3, 4)).double()
+    def theirs(model: nn.Module) -> None:
+        parametrizations.spectral_norm(model[0])
+        parametrizations.spectral_norm(model[3])
 
-        # torch reads a weight with two parametrizations once while it registers the second.
-        twins = Twins(make, normalize(spectral_norm), normalize(parametrizations.spectral_norm), seed)
-        twins.theirs.load_state_dict(twins.ours.state_dict())
-        x = torch.randn(2, 3, dtype=torch.float64)
-        twins.train([squared(x) for _ in range(3)])
+    def ours(model: nn.Module) -> None:
+        spectral_norm_model(model, types=(nn.Linear,), preserve_eval=False)
+
+    twins = Twins(make, normalize(ours), normalize(theirs), seed)
+    # torch reads a weight with two parametrizations once more while it registers the second.
+    twins.theirs.load_state_dict(twins.ours.state_dict())
+    twins.train([squared(torch.randn(2, 3, dtype=torch.float64)) for _ in range(3)])
 
 
 def test_a_parametrization_that_torch_removed_is_forgotten() -> None:
@@ -464,8 +473,18 @@ def test_a_parametrization_that_torch_removed_is_forgotten() -> None:
     with torch.no_grad():
         nn.init.zeros_(model[0].weight)  # an error, were it still normalised
     model(images())
-    (group,) = [group for _, group in spectral_norm_group.groups(model)]
+    (group,) = (group for _, group in spectral_norm_group.groups(model))
     assert [member.layer.name for member in group.members] == ["3.weight", "4.weight"]
+
+
+def test_one_of_two_parametrizations_that_torch_removed_is_forgotten() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4))
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        spectral_norm(model[0], name)
+    parametrize.remove_parametrizations(model[0], "weight_ih_l0")
+    nn.init.zeros_(model[0].weight_ih_l0)  # an error, were it still normalised
+    model(torch.randn(5, 2, 3))
+    assert [len(group.members) for _, group in spectral_norm_group.groups(model)] == [0, 1]
 
 
 # ---- devices that the host does not wait for ----

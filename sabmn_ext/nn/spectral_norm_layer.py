@@ -42,7 +42,7 @@ class RootForward(threading.local):
     def leave(self) -> None:
         if self.depth > 1:
             self.depth -= 1
-        elif self.depth == 1:  # it is 0 where a hook raised before the forward was entered
+        else:  # 1, or 0 where another hook raised before the forward was entered
             self.clear()
 
     def clear(self) -> None:
@@ -124,9 +124,10 @@ class SpectralNorm(nn.Module):
             kept = normalize([self], [weight])[0][0]
             if running.depth:
                 running.normalized[self] = kept
-        elif not self._serves(kept, weight):
-            return normalize([self], [weight], update=False)[0][0]
-        return kept
+            return kept
+        if recompute.is_running():  # a backward pass inside the forward, perhaps through an earlier one
+            self.generation.check(self.name)
+        return kept if self._serves(kept, weight) else normalize([self], [weight], update=False)[0][0]
 
     def _serves(self, kept: Tensor, weight: Tensor) -> bool:
         """Whether the weight normalised earlier in this forward has the dtype and the gradient that are needed here."""
