@@ -81,6 +81,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         train(network, rank, world_size)
         results[f"skip {skip}"] = network.module.state_dict()
     results["order"] = order_of_events(DistributedDataParallel(make(), bucket_cap_mb=0.008))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     torch.save(results, folder / f"{rank}.pt")
 
