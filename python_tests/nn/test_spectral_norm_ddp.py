@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "PYTHONPATH": str(Path(sabmn_ext.__file__).parents[1])}
+    paths = [str(Path(sabmn_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     commands = [[sys.executable, worker.__file__, str(rank), "2", str(folder)] for rank in range(2)]
     processes = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True, env=environment) for c in commands]
     errors = [process.communicate(timeout=300)[1] for process in processes]
