@@ -1,0 +1,330 @@
+// The scheduler: blocks one after another, their threads as fibers that run until they wait. Compiled without sanitizers:
+// what it reads and writes for the threads is no access of theirs.
+
+#include "simt/simt.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <exception>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "simt/fiber.h"
+#include "simt/sanitizer.h"
+#include "simt/symbols.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace simt {
+namespace {
+
+struct Thread {
+    enum State { running, at_warp, at_block, returned };
+    Fiber fiber;
+    uint3 index;
+    int number, warp;
+    State state = running;
+    const char* what = nullptr;  // where it waits
+    Site site = {};
+    struct InFlight {
+        Copy copy;
+        int group;
+    };
+    std::deque<InFlight> copies;
+    int groups = 0;  // committed so far
+};
+
+// Threads that meet. The tokens carry ThreadSanitizer's happens-before; two of each, since a thread may reach the next
+// meeting before another one has left this one.
+struct Meeting {
+    int arrived = 0;
+    unsigned generation = 0;
+    char tokens[2];
+    char* token() { return tokens + generation % 2; }
+};
+
+struct Warp {
+    std::vector<Thread*> lanes, ready;
+    Meeting meeting;
+    alignas(16) char values[2][32][32];
+};
+
+struct Block {
+    std::vector<Warp> warps;
+    Meeting barrier;
+    bool one_warp_at_a_time;
+    int last_warp = 0;
+};
+
+struct Launch {
+    std::string kernel;
+    const std::function<void()>* body;
+    char* shared = nullptr;
+    std::size_t shared_bytes = 0;
+    char begin, end;  // tokens
+};
+
+std::mt19937_64 generator;
+std::set<std::string> launched;
+Launch* launch;
+Block* block;
+Thread* self;
+std::exception_ptr failure;
+char fence_token;
+
+int draw(std::size_t count) { return static_cast<int>(generator() % count); }
+
+std::string text(uint3 index) {
+    return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+}
+
+std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+
+std::string here() { return launch->kernel + ", block " + text(blockIdx); }
+
+// No thread can run on: says where each of them is.
+[[noreturn]] void fail_apart(const std::vector<Thread*>& threads) {
+    std::map<std::string, std::vector<const Thread*>> places;
+    for (const Thread* thread : threads) {
+        const bool done = thread->state == Thread::returned;
+        places[done ? "returned" : thread->what + (" at " + text(thread->site))].push_back(thread);
+    }
+    std::string message = here() + ": threads that must meet went apart:";
+    for (const auto& [place, there] : places) {
+        message += "\n  " + std::to_string(there.size()) + " x " + place + ", the first is thread " + text(there[0]->index);
+    }
+    throw std::runtime_error(message);
+}
+
+void wait(Thread::State state, const char* what, Site site) {
+    self->state = state;
+    self->what = what;
+    self->site = site;
+    Fiber::suspend();
+}
+
+void thread_main() {
+    acquire(&launch->begin);
+    try {
+        (*launch->body)();
+    } catch (...) {
+        failure = std::current_exception();
+    }
+    release(&launch->end);
+    self->state = Thread::returned;
+}
+
+// The fibers outlive a block, and ThreadSanitizer takes each for one thread that does first this, then that. So there are
+// two sets, and a block takes either: blocks of different sets are unordered, as on a GPU.
+Thread* fiber(int set, std::size_t number) {
+    static std::deque<Thread> sets[2];
+    while (sets[set].size() <= number) sets[set].emplace_back();
+    return &sets[set][number];
+}
+
+void fill_with_nan(char* memory, std::size_t bytes) {
+    forget_history(memory, bytes);  // shared memory of one block is not that of the next
+    for (std::size_t i = 0; i < bytes; ++i) memory[i] = static_cast<char>(0xff);
+}
+
+Thread* pick() {
+    std::vector<int> candidates;
+    for (std::size_t i = 0; i < block->warps.size(); ++i) {
+        if (!block->warps[i].ready.empty()) candidates.push_back(static_cast<int>(i));
+    }
+    if (candidates.empty()) return nullptr;
+    if (!block->one_warp_at_a_time || block->warps[block->last_warp].ready.empty()) {
+        block->last_warp = candidates[draw(candidates.size())];
+    }
+    auto& ready = block->warps[block->last_warp].ready;
+    std::swap(ready[draw(ready.size())], ready.back());
+    Thread* thread = ready.back();
+    ready.pop_back();
+    return thread;
+}
+
+// One more thread has arrived; where it was the last, all go on.
+void arrive(Meeting& meeting, const std::vector<Thread*>& members) {
+    if (++meeting.arrived < static_cast<int>(members.size())) return;
+    for (const Thread* member : members) {
+        if (member->what != members[0]->what || text(member->site) != text(members[0]->site)) fail_apart(members);
+    }
+    meeting.arrived = 0;
+    ++meeting.generation;
+    for (Thread* member : members) {
+        member->state = Thread::running;
+        block->warps[member->warp].ready.push_back(member);
+    }
+}
+
+void run_block(dim3 size) {
+    const std::size_t count = static_cast<std::size_t>(size.x) * size.y * size.z;
+    Block current;
+    block = &current;
+    current.warps.resize((count + 31) / 32);
+    current.one_warp_at_a_time = draw(2);
+    std::vector<Thread*> all;
+    const int set = draw(2);
+    for (std::size_t i = 0; i < count; ++i) {
+        Thread* thread = fiber(set, i);
+        const unsigned n = static_cast<unsigned>(i);
+        thread->index = {n % size.x, n / size.x % size.y, n / size.x / size.y};
+        thread->number = static_cast<int>(i);
+        thread->warp = static_cast<int>(i / 32);
+        thread->state = Thread::running;
+        thread->copies.clear();
+        thread->groups = 0;
+        thread->fiber.start(thread_main, "thread " + text(thread->index));
+        current.warps[thread->warp].lanes.push_back(thread);
+        current.warps[thread->warp].ready.push_back(thread);
+        all.push_back(thread);
+    }
+    for (const StaticShared& variable : static_shared()) fill_with_nan(variable.memory, variable.bytes);
+    fill_with_nan(launch->shared, launch->shared_bytes);
+    while ((self = pick()) != nullptr) {
+        threadIdx = self->index;
+        self->fiber.resume();
+        if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+        if (self->state == Thread::at_warp) arrive(current.warps[self->warp].meeting, current.warps[self->warp].lanes);
+        if (self->state == Thread::at_block) arrive(current.barrier, all);
+    }
+    for (const Thread* thread : all) {
+        if (thread->state != Thread::returned) fail_apart(all);
+    }
+}
+
+}  // namespace
+
+void fail(const std::string& reason, Site site) {
+    throw std::runtime_error(here() + ", thread " + text(self->index) + ", " + text(site) + ": " + reason);
+}
+
+int lane() { return self->number % 32; }
+
+const char (*meet(const char* what, unsigned mask, const void* mine, std::size_t bytes, Site site))[32] {
+    Warp& warp = block->warps[self->warp];
+    if (mask != 0xffffffffu) fail(std::string(what) + ": only full warps meet here, mask 0xffffffff", site);
+    if (warp.lanes.size() != 32) fail(std::string(what) + ": the block's last warp has fewer than 32 threads", site);
+    auto& values = warp.values[warp.meeting.generation % 2];
+    for (std::size_t i = 0; i < bytes; ++i) values[lane()][i] = static_cast<const char*>(mine)[i];
+    wait(Thread::at_warp, what, site);
+    return values;
+}
+
+void check_copy(const void* shared, const void* global, int bytes, Site site) {
+    const char* begin = static_cast<const char*>(shared);
+    const auto holds = [&](const char* memory, std::size_t size) { return begin >= memory && begin + 16 <= memory + size; };
+    const bool inside = holds(launch->shared, launch->shared_bytes) ||
+                        std::any_of(static_shared().begin(), static_shared().end(),
+                                    [&](const StaticShared& variable) { return holds(variable.memory, variable.bytes); });
+    if (!inside) fail("cp_async_16 writes outside shared memory", site);
+    if (reinterpret_cast<std::uintptr_t>(shared) % 16 || reinterpret_cast<std::uintptr_t>(global) % 16) {
+        fail("cp_async_16 needs addresses that are multiples of 16", site);
+    }
+    if (bytes < 0 || bytes > 16) fail("cp_async_16 copies 0 to 16 bytes, not " + std::to_string(bytes), site);
+}
+
+void start_copy(const Copy& copy) { self->copies.push_back({copy, self->groups}); }
+
+void commit_copies() { ++self->groups; }
+
+bool land_copy(int groups_in_flight, Copy* copy) {
+    if (self->copies.empty() || self->copies.front().group >= self->groups - groups_in_flight) return false;
+    *copy = self->copies.front().copy;
+    self->copies.pop_front();
+    return true;
+}
+
+void* dynamic_shared() { return launch->shared; }
+
+void order_fence() { release(&fence_token); }
+
+void order_atomic() { acquire(&fence_token); }
+
+const std::set<std::string>& kernels_launched() { return launched; }
+
+void set_seed(std::uint64_t seed) { generator.seed(seed); }
+
+cudaError_t run(const void* kernel, dim3 grid, dim3 size, std::size_t shared_bytes, const std::function<void()>& thread) {
+    const std::size_t blocks = static_cast<std::size_t>(grid.x) * grid.y * grid.z;
+    const std::size_t threads = static_cast<std::size_t>(size.x) * size.y * size.z;
+    if (!blocks || !threads || threads > 1024 || size.z > 64 || grid.x >> 31 || grid.y > 65535 || grid.z > 65535) {
+        return cudaErrorInvalidConfiguration;
+    }
+    if (shared_bytes > shared_limit) return cudaErrorInvalidValue;
+
+    static std::map<const void*, std::string> names;
+    if (!names.count(kernel)) names[kernel] = kernel_name(kernel);
+    const std::unique_ptr<char, decltype(&std::free)> shared(
+        static_cast<char*>(std::aligned_alloc(16, shared_bytes)), std::free);
+    Launch current = {names[kernel], &thread, shared.get(), shared_bytes, {}, {}};
+    launch = &current;
+    launched.insert(current.kernel);
+    gridDim = grid;
+    blockDim = size;
+
+    std::vector<std::size_t> order(blocks);
+    for (std::size_t i = 0; i < blocks; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), generator);
+    release(&current.begin);
+    for (const std::size_t number : order) {
+        blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
+                    static_cast<unsigned>(number / grid.x / grid.y)};
+        run_block(size);
+    }
+    acquire(&current.end);
+    return cudaSuccess;
+}
+
+}  // namespace simt
+
+void __syncthreads(simt::Site site) {
+    char* token = simt::block->barrier.token();
+    simt::release(token);
+    simt::wait(simt::Thread::at_block, "__syncthreads", site);
+    simt::acquire(token);
+}
+
+void __syncwarp(unsigned mask, simt::Site site) {
+    char* token = simt::block->warps[simt::self->warp].meeting.token();
+    simt::release(token);
+    simt::meet("__syncwarp", mask, nullptr, 0, site);
+    simt::acquire(token);
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "no error";
+        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+        case cudaErrorInvalidDevice: return "invalid device ordinal";
+        default: return "invalid argument";
+    }
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+    *properties = {"the host's processor (csrc/simt)", 8, 0, 4, simt::shared_limit};
+    return cudaSetDevice(device);
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    cudaDeviceProp properties;
+    cudaGetDeviceProperties(&properties, device);
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: *value = properties.multiProcessorCount; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = properties.major; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = properties.minor; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(properties.sharedMemPerBlockOptin); break;
+    }
+    return cudaSetDevice(device);
+}
