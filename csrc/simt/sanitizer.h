@@ -7,6 +7,7 @@
 #if SIMT_ASAN
 #include <sanitizer/common_interface_defs.h>
 #elif SIMT_TSAN
+#include <sanitizer/common_interface_defs.h>
 #include <sanitizer/tsan_interface.h>
 // Of ThreadSanitizer's interface for Java: "this memory was newly allocated" and "it was freed", for any memory.
 extern "C" void __tsan_java_alloc(const void* memory, std::size_t bytes);
@@ -33,6 +34,13 @@ inline void forget_history([[maybe_unused]] const void* memory, [[maybe_unused]]
 #if SIMT_TSAN
     __tsan_java_alloc(memory, bytes);
     __tsan_java_free(memory, bytes);
+#endif
+}
+
+// Calls `last_words` when a sanitizer ends the program.
+inline void call_at_death([[maybe_unused]] void (*last_words)()) {
+#if SIMT_ASAN || SIMT_TSAN
+    __sanitizer_set_death_callback(last_words);
 #endif
 }
 

@@ -2,7 +2,8 @@
 // catches. A kernel sees CUDA's names (builtins.h), the meeting points below and the instructions of ptx.h.
 #pragma once
 
-#include <functional>
+#include <cstddef>
+#include <cstdint>
 #include <set>
 #include <string>
 #include <tuple>
@@ -57,7 +58,23 @@ void order_atomic();
 const std::set<std::string>& kernels_launched();
 void set_seed(std::uint64_t seed);
 
-cudaError_t run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
+// Calls thread(arguments) as each thread of each block.
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, void (*thread)(const void*),
+                const void* arguments);
+
+template <typename... Parameters>
+struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+
+    static void thread(const void* call) {
+        run(*static_cast<const Call*>(call), std::index_sequence_for<Parameters...>());
+    }
+    template <std::size_t... I>
+    static void run(const Call& call, std::index_sequence<I...>) {
+        call.kernel(std::get<I>(call.arguments)...);
+    }
+};
 
 }  // namespace simt
 
@@ -144,9 +161,9 @@ namespace sabmn {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t,
                    Arguments&&... arguments) {
-    const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-    return simt::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-                     [&] { std::apply(kernel, values); });
+    using Call = simt::Call<Parameters...>;
+    const Call call = {kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
+    return simt::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, Call::thread, &call);
 }
 
 }  // namespace sabmn
