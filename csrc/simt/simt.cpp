@@ -79,7 +79,8 @@ struct Launch {
     std::size_t shared_bytes;
 };
 
-std::mt19937_64 generator;
+std::mt19937_64 generator;  // of the orders
+std::uint64_t run_seed = 0;
 std::set<std::string> launched;
 Launch launch;  // the one that runs, its block and its thread
 Block block;
@@ -120,7 +121,9 @@ void wait(Thread::State state, const char* what, Site site) {
 
 // A sanitizer's last words.
 void say_where() {
-    if (self) std::fprintf(stderr, "in %s, thread %s\n", here().c_str(), text(self->index).c_str());
+    if (!self) return;
+    std::fprintf(stderr, "in %s, thread %s (--seed %llu)\n", here().c_str(), text(self->index).c_str(),
+                 static_cast<unsigned long long>(run_seed));
 }
 
 void thread_main() {
@@ -267,7 +270,10 @@ void order_atomic() { acquire(fence); }
 
 const std::set<std::string>& kernels_launched() { return launched; }
 
-void set_seed(std::uint64_t seed) { generator.seed(seed); }
+void set_seed(std::uint64_t seed) {
+    run_seed = seed;
+    generator.seed(seed);
+}
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 size, std::size_t shared_bytes,
                 void (*thread)(const void*), const void* arguments) {
@@ -307,6 +313,9 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 size, std::size_t shared_byt
 }
 
 }  // namespace simt
+
+// UndefinedBehaviorSanitizer calls this after a report.
+extern "C" void __ubsan_on_report() { simt::say_where(); }
 
 void __syncthreads(simt::Site site) {
     char* token = simt::block.barrier.token();
