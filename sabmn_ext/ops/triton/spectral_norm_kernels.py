@@ -105,6 +105,15 @@ def _element(column, columns, inner):
     return (column % inner) * (columns // inner) + column // inner
 
 
+@triton.jit
+def _load_v(v, column, columns, inner):
+    if inner == columns:  # no division, and neighbours at once
+        element = tl.load(v + column, mask=column < columns, other=0.0)
+    else:
+        element = tl.load(v + _element(column, columns, inner), mask=column < columns, other=0.0)
+    return element
+
+
 # ---- the workspace of a weight: five vectors, then the block sums ----
 
 
@@ -142,17 +151,17 @@ def _multiply(weight, v, rows, columns, inner, workspace, block, power, T: tl.co
     norms, _, _, r_pointer, sums, scales = _workspace(workspace, blocks, columns, S)
     columns = _row_length(columns, S, ALIGNED)
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    weight = _pointer(weight, T, S, ALIGNED) + row[:, None] * columns
+    # Beyond the last row the last one is read again: a mask for every column, not for every element.
+    weight = _pointer(weight, T, S, ALIGNED) + tl.minimum(row, rows - 1)[:, None] * columns
     v = v.to(tl.pointer_type(T))
 
     products = tl.zeros([BLOCK_ROWS, COLUMNS], S)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        mask = column < columns
-        w = tl.load(weight + column[None, :], mask=(row < rows)[:, None] & mask[None, :], other=0.0)
-        x = tl.load(v + _element(column, columns, inner), mask=mask, other=0.0)
+        x = _load_v(v, column, columns, inner)
+        w = tl.load(weight + column[None, :], mask=(column < columns)[None, :], other=0.0)
         products += w.to(S) * x.to(S)[None, :]
-    r = tl.sum(products, 1)
+    r = tl.where(row < rows, tl.sum(products, 1), 0.0)
     tl.store(r_pointer + row, r)
 
     if power:
@@ -167,9 +176,9 @@ def _multiply(weight, v, rows, columns, inner, workspace, block, power, T: tl.co
             tl.store(scales + block, 1.0)
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            mask = column < columns
-            w = tl.load(weight + column[None, :], mask=(row < rows)[:, None] & mask[None, :], other=0.0)
-            tl.store(sums + block * columns + column, tl.sum(w.to(S) * r[:, None], 0), mask=mask)
+            w = tl.load(weight + column[None, :], mask=(column < columns)[None, :], other=0.0)
+            s = tl.sum(w.to(S) * r[:, None], 0)
+            tl.store(sums + block * columns + column, s, mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["power"])
@@ -308,7 +317,7 @@ def _subtract(
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        x = tl.load(v + _element(column, columns, inner), mask=column < columns, other=0.0).to(S)
+        x = _load_v(v, column, columns, inner).to(S)
         g = tl.load(gradient + column[None, :], mask=mask).to(S)
         tl.store(result + column[None, :], ((g - u[:, None] * x[None, :]) / sigma).to(T), mask=mask)
 
