@@ -161,7 +161,8 @@ def _multiply(weight, v, rows, columns, inner, workspace, block, power, T: tl.co
         x = _load_v(v, column, columns, inner)
         w = tl.load(weight + column[None, :], mask=(column < columns)[None, :], other=0.0)
         products += w.to(S) * x.to(S)[None, :]
-    r = tl.where(row < rows, tl.sum(products, 1), 0.0)
+    row = row[:, None]
+    r = tl.where(row < rows, tl.sum(products, 1, keep_dims=True), 0.0)
     tl.store(r_pointer + row, r)
 
     if power:
@@ -177,7 +178,7 @@ def _multiply(weight, v, rows, columns, inner, workspace, block, power, T: tl.co
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             w = tl.load(weight + column[None, :], mask=(column < columns)[None, :], other=0.0)
-            s = tl.sum(w.to(S) * r[:, None], 0)
+            s = tl.sum(w.to(S) * r, 0)
             tl.store(sums + block * columns + column, s, mask=column < columns)
 
 
