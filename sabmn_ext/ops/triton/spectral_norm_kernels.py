@@ -149,11 +149,13 @@ def _multiply(weight, v, rows, columns, inner, workspace, block, power, T: tl.co
     COLUMNS: tl.constexpr = 16384 // S.primitive_bitwidth  # a thread holds all rows of its columns
     blocks = _number_of_blocks(rows)
     norms, _, _, r_pointer, sums, scales = _workspace(workspace, blocks, columns, S)
+    if ALIGNED:
+        sums = tl.multiple_of(sums, 16)
     columns = _row_length(columns, S, ALIGNED)
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     # Beyond the last row the last one is read again: a mask for every column, not for every element.
     weight = _pointer(weight, T, S, ALIGNED) + tl.minimum(row, rows - 1)[:, None] * columns
-    v = v.to(tl.pointer_type(T))
+    v = _pointer(v, T, S, ALIGNED)
 
     products = tl.zeros([BLOCK_ROWS, COLUMNS], S)
     for start in range(0, columns, COLUMNS):
@@ -187,7 +189,7 @@ def spectral_norm_forward_products_kernel(fields, table, power, T: tl.constexpr,
     """r = Wv, and with ``power`` ‖r_b‖² and s_b = W_bᵀ r_b, for every block of rows."""
     program = tl.program_id(0).to(tl.int64)
     first, rows, columns, inner, workspace, weight, v = _take_record(fields, table, program, 7)
-    if _is_aligned(weight, columns, S):
+    if _is_aligned(weight | v, columns, S):
         _multiply(weight, v, rows, columns, inner, workspace, program - first, power, T, S, True)
     else:
         _multiply(weight, v, rows, columns, inner, workspace, program - first, power, T, S, False)
@@ -314,7 +316,7 @@ def _subtract(
     gradient = _pointer(gradient, O, S, ALIGNED) + row[:, None] * columns
     result = _pointer(result, T, S, ALIGNED) + row[:, None] * columns
     u = tl.load(u.to(tl.pointer_type(T)) + row, mask=row < rows, other=0.0).to(S) * factor
-    v = v.to(tl.pointer_type(T))
+    v = _pointer(v, T, S, ALIGNED)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
@@ -332,7 +334,7 @@ def spectral_norm_backward_gradient_kernel(table, count, T: tl.constexpr, O: tl.
     sigma = tl.load(sigma.to(tl.pointer_type(S)))
     dots = workspace.to(tl.pointer_type(tl.float64))
     factor = (_sum(dots, _number_of_blocks(rows)) / sigma.to(tl.float64)).to(S)
-    if _is_aligned(gradient | result, columns, S):
+    if _is_aligned(gradient | result | v, columns, S):
         _subtract(gradient, result, factor, sigma, u, v, rows, columns, inner, block, T, O, S, True)
     else:
         _subtract(gradient, result, factor, sigma, u, v, rows, columns, inner, block, T, O, S, False)
