@@ -7,10 +7,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -87,35 +89,49 @@ int usable_threads(int threads) { return forked ? 1 : threads; }
 using Addresses = std::vector<std::uintptr_t>;
 using Sizes = std::vector<std::int64_t>;
 
+std::int64_t spectral_norm_workspace(const Sizes& rows, const Sizes& columns, int dtype) {
+    return for_isa(SABMN_VARIANTS(spectral_norm_workspace))(rows.data(), columns.data(),
+                                                            static_cast<std::int64_t>(rows.size()), static_cast<DType>(dtype));
+}
+
+// Indices of the weights, the longest first.
+std::vector<std::size_t> longest_first(const Sizes& rows, const Sizes& columns) {
+    std::vector<std::size_t> order(rows.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return rows[a] * columns[a] > rows[b] * columns[b]; });
+    return order;
+}
+
 int spectral_norm_forward(const Addresses& weights, const Addresses& u, const Addresses& v, const Addresses& normalized,
                           const Addresses& u_new, const Addresses& v_new, const Sizes& rows, const Sizes& columns,
-                          std::uintptr_t sigma, int iterations, double eps, int dtype, int threads) {
+                          const Sizes& inner, std::uintptr_t sigma, int iterations, double eps, int dtype,
+                          int normalized_dtype, std::uintptr_t workspace, int threads) {
     std::vector<SpectralNormForwardMatrix> matrices;
-    matrices.reserve(weights.size());
-    for (std::size_t i = 0; i < weights.size(); ++i) {
+    for (const std::size_t i : longest_first(rows, columns)) {
         matrices.push_back({pointer<const void>(weights[i]), pointer<const void>(u[i]), pointer<const void>(v[i]),
                             pointer<void>(normalized[i]), pointer<void>(u_new[i]), pointer<void>(v_new[i]), rows[i],
-                            columns[i]});
+                            columns[i], inner[i], static_cast<std::int64_t>(i)});
     }
     py::gil_scoped_release release;
-    return for_isa(SABMN_VARIANTS(spectral_norm_forward))(matrices.data(), static_cast<std::int64_t>(matrices.size()),
-                                                          pointer<void>(sigma), iterations, eps,
-                                                          static_cast<DType>(dtype), usable_threads(threads));
+    return for_isa(SABMN_VARIANTS(spectral_norm_forward))(
+        matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma), iterations, eps,
+        static_cast<DType>(dtype), static_cast<DType>(normalized_dtype), pointer<void>(workspace), usable_threads(threads));
 }
 
 int spectral_norm_backward(const Addresses& gradients, const Addresses& weights, const Addresses& u, const Addresses& v,
-                           const Addresses& weight_gradients, const Sizes& rows, const Sizes& columns,
-                           std::uintptr_t sigma, int dtype, int threads) {
+                           const Addresses& weight_gradients, const Sizes& rows, const Sizes& columns, const Sizes& inner,
+                           std::uintptr_t sigma, int dtype, int normalized_dtype, std::uintptr_t workspace, int threads) {
     std::vector<SpectralNormBackwardMatrix> matrices;
-    matrices.reserve(weights.size());
-    for (std::size_t i = 0; i < weights.size(); ++i) {
+    for (const std::size_t i : longest_first(rows, columns)) {
         matrices.push_back({pointer<const void>(gradients[i]), pointer<const void>(weights[i]), pointer<const void>(u[i]),
-                            pointer<const void>(v[i]), pointer<void>(weight_gradients[i]), rows[i], columns[i]});
+                            pointer<const void>(v[i]), pointer<void>(weight_gradients[i]), rows[i], columns[i], inner[i],
+                            static_cast<std::int64_t>(i)});
     }
     py::gil_scoped_release release;
-    return for_isa(SABMN_VARIANTS(spectral_norm_backward))(matrices.data(), static_cast<std::int64_t>(matrices.size()),
-                                                           pointer<const void>(sigma), static_cast<DType>(dtype),
-                                                           usable_threads(threads));
+    return for_isa(SABMN_VARIANTS(spectral_norm_backward))(
+        matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma), static_cast<DType>(dtype),
+        static_cast<DType>(normalized_dtype), pointer<void>(workspace), usable_threads(threads));
 }
 
 // ---- retrieval ----
@@ -282,6 +298,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
 #ifdef SABMN_CUDA_TARGETS
     m.def("cuda_info", cuda_info);
 #endif
+    m.def("spectral_norm_workspace", spectral_norm_workspace);
     m.def("spectral_norm_forward", spectral_norm_forward);
     m.def("spectral_norm_backward", spectral_norm_backward);
     m.def("rank_workspace", rank_workspace);

@@ -204,24 +204,33 @@ def power_iteration(matrix: Tensor, u: Tensor, v: Tensor, iterations: int, eps: 
 
 
 def spectral_norm(
-    weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int = 1, eps: float = 1e-12
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``weight`` divided by σ = uᵀWv, after ``n_power_iterations`` updates of u and v. W is ``weight.flatten(1)``.
 
     Returns:
-        normalised weight (the shape of ``weight``), u [rows], v [columns], σ []; u and v are constants of the gradient.
+        normalised weight (the shape of ``weight``, in ``dtype`` or else its own), u [rows], v [columns], and σ [] in
+        ``wide(weight.dtype)``, as all sums are; u and v are constants of the gradient.
     """
-    matrix = weight.flatten(1)
-    u, v = power_iteration(matrix.detach(), u, v, n_power_iterations, eps)
-    sigma = torch.dot(u, torch.mv(matrix, v))
-    return weight / sigma, u, v, sigma
+    sums = wide(weight.dtype)
+    matrix = weight.flatten(1).to(sums)
+    left, right = power_iteration(matrix.detach(), u.to(sums), v.to(sums), n_power_iterations, eps)
+    sigma = torch.dot(left, torch.mv(matrix, right))
+    normalized = (matrix / sigma).to(dtype or weight.dtype).view_as(weight)
+    return normalized, left.to(u.dtype), right.to(v.dtype), sigma
 
 
 def spectral_norm_backward(gradient: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """dW = (G − ⟨G, W⟩/σ · u vᵀ)/σ for the gradient G of the normalised weight; σ = uᵀWv with constant u and v."""
-    matrix, g = weight.flatten(1), gradient.flatten(1)
-    sigma = torch.dot(u, torch.mv(matrix, v))
-    return ((g - (g * matrix).sum() / sigma * torch.outer(u, v)) / sigma).view_as(weight)
+    matrix, g, left, right = (t.to(wide(weight.dtype)) for t in (weight.flatten(1), gradient.flatten(1), u, v))
+    sigma = torch.dot(left, torch.mv(matrix, right))
+    weight_gradient = (g - (g * matrix).sum() / sigma * torch.outer(left, right)) / sigma
+    return weight_gradient.to(weight.dtype).view_as(weight)
 
 
 # ---- retrieval: distances in float64 in a fixed order, and ranks by counting ----

@@ -1,30 +1,37 @@
 """Spectral normalisation of many weights in one call: schema, dispatch and autograd.
 
-The formulas stand in ``reference.spectral_norm``. A weight of any shape is the matrix ``weight.flatten(1)``.
+The formulas stand in ``reference.spectral_norm``. A weight of any shape is the matrix ``weight.flatten(1)``. The
+kernels are called in ``ops/cpu/``, ``ops/cuda/`` and ``ops/triton/``.
 """
 
+import importlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
+from sabmn_ext.ops.cpu.buffers import Buffers
 
 Tensors = Sequence[Tensor]
 
 _library = torch.library.Library("sabmn_ext", "FRAGMENT")
 _library.define(
     "spectral_norm_forward(Tensor[] weights, Tensor[] u, Tensor[] v, int n_power_iterations, float eps, str[] names, "
-    "str backend) -> (Tensor[], Tensor[], Tensor[], Tensor)"
+    "ScalarType? dtype, str backend) -> (Tensor[], Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "spectral_norm_backward(Tensor[] gradients, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma, str backend) "
+    "spectral_norm_backward(Tensor[] gradients, Tensor[] weights, Tensor u, Tensor v, Tensor sigma, str backend) "
     "-> Tensor[]"
 )
+# The u that an op makes are one tensor, those of all weights one after the other, and so are the v: fewer tensors to handle.
 for _operation in ("spectral_norm_forward", "spectral_norm_backward"):
-    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.float64))
+    dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
+
+# The memory of normalised weights and of gradients on the CPU.
+_buffers = Buffers()
 
 
 def spectral_norm(
@@ -35,6 +42,8 @@ def spectral_norm(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     names: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    group_bytes: int | None = None,
     backend: str | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """Divide every weight by its largest singular value, as estimated by power iteration.
@@ -46,14 +55,20 @@ def spectral_norm(
         n_power_iterations: updates of u and v before σ is taken; 0 in eval mode.
         eps: the smallest length that a vector is divided by.
         names: what errors call the weights.
+        dtype: of the normalised weights; None is the weights' own. float32 weights can be asked for in a 16-bit dtype.
+        group_bytes: cut the weights, in their order, into groups of at most so many bytes. Each is a call and a node of
+            the graph of its own, so that its gradients do not wait for those of the others. None: one group.
 
     Returns:
-        the normalised weights (shapes of ``weights``), the new u and v (fresh tensors), and σ [len(weights)]. Only the
-        normalised weights carry a gradient; u and v are its constants.
+        the normalised weights (shapes of ``weights``), the new u and v (fresh tensors), and σ [len(weights)], float64
+        for float64 weights and float32 otherwise. Only the normalised weights carry a gradient; u and v are its
+        constants.
 
     Raises:
-        ValueError: lists of different lengths, dtypes or devices; shapes that do not belong together.
-        RuntimeError: a weight whose σ is zero or not finite, by name; a backend that cannot serve.
+        ValueError: lists of different lengths, dtypes or devices; shapes that do not belong together; a ``dtype`` that
+            is not served.
+        RuntimeError: a weight whose σ is zero or not finite, by name (on the CPU: elsewhere the host would have to wait
+            for the device); a backend that cannot serve.
     """
     if not weights:
         raise ValueError("weights is empty; expected at least one tensor")
@@ -62,26 +77,67 @@ def spectral_norm(
             f"weights, u and v have {len(weights)}, {len(u)} and {len(v)} tensors; expected the same number"
         )
     names = list(names) or [f"weights[{i}]" for i in range(len(weights))]
-    first = weights[0]
+    kind, device = weights[0].dtype, weights[0].device
     for weight, left, right, name in zip(weights, u, v, names, strict=True):
         if weight.dim() < 2 or not weight.is_floating_point():
             raise ValueError(
                 f"{name} is {list(weight.shape)} {weight.dtype}; expected a floating tensor of two dimensions or more"
             )
-        if any(t.dtype != first.dtype or t.device != first.device for t in (weight, left, right)):
+        alike = weight.dtype == left.dtype == right.dtype == kind
+        if not (alike and weight.device == left.device == right.device == device):
             raise ValueError(
                 f"{name}, its u and v are {weight.dtype}, {left.dtype}, {right.dtype} on {weight.device}, "
-                f"{left.device}, {right.device}; expected {first.dtype} on {first.device}, as {names[0]}"
+                f"{left.device}, {right.device}; expected {kind} on {device}, as {names[0]}"
             )
-        rows = weight.shape[0]
-        if left.shape != (rows,) or right.shape != (weight.numel() // max(rows, 1),):
+        rows, columns = _sizes(weight)
+        if left.shape != (rows,) or right.shape != (columns,):
             raise ValueError(
-                f"{name} is {list(weight.shape)}, so u has [{rows}] and v [{weight.numel() // max(rows, 1)}] elements; "
+                f"{name} is {list(weight.shape)}, so u has [{rows}] and v [{columns}] elements; "
                 f"given {list(left.shape)} and {list(right.shape)}"
             )
-    n = len(weights)
-    outputs = _SpectralNorm.apply(n, n_power_iterations, eps, names, backend or "", *weights, *u, *v)
-    return list(outputs[:n]), list(outputs[n : 2 * n]), list(outputs[2 * n : 3 * n]), outputs[-1]
+    if dtype not in (None, kind) and not (kind == torch.float32 and dtype in _HALF):
+        raise ValueError(f"dtype is {dtype} for weights of {kind}; expected the same, or 16 bits for float32")
+    normalized: list[Tensor] = []
+    vectors = []  # u, v and σ of each group
+    for begin, end in _groups(weights, group_bytes):
+        tensors = (weights[begin:end], u[begin:end], v[begin:end])
+        options = (n_power_iterations, eps, names[begin:end], dtype, backend or "")
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(w.requires_grad for w in tensors[0])):
+            # Where no gradient is needed, the compiler inlines the Function, and fails on its varying arity.
+            outputs, *made = torch.ops.sabmn_ext.spectral_norm_forward(*tensors, *options)
+        else:
+            *outputs, left, right, sigma = _SpectralNorm.apply(end - begin, *options, *chain(*tensors))
+            made = [left, right, sigma]
+        normalized += outputs
+        vectors.append(made)
+    u_new, v_new, sigma = map(torch.cat, zip(*vectors, strict=True)) if len(vectors) > 1 else vectors[0]
+    return normalized, _split(u_new, weights, 0), _split(v_new, weights, 1), sigma
+
+
+def _sizes(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns of a weight's matrix."""
+    rows = weight.shape[0]
+    return rows, weight.numel() // max(rows, 1)
+
+
+def _split(vectors: Tensor, weights: Tensors, side: int) -> list[Tensor]:
+    """The u (``side`` 0) or v (1) of each weight, as views of the tensor that holds them one after the other."""
+    return list(vectors.split([_sizes(weight)[side] for weight in weights]))
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _groups(weights: Tensors, group_bytes: int | None) -> list[tuple[int, int]]:
+    """Runs of weights, as (begin, end), of at most ``group_bytes`` each where one weight alone is not more."""
+    begins, size = [0], 0
+    for i, weight in enumerate(weights):
+        nbytes = weight.numel() * weight.element_size()
+        if group_bytes is not None and i > begins[-1] and size + nbytes > group_bytes:
+            begins.append(i)
+            size = 0
+        size += nbytes
+    return list(zip(begins, [*begins[1:], len(weights)], strict=True))
 
 
 class _SpectralNorm(torch.autograd.Function):
@@ -89,45 +145,51 @@ class _SpectralNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        count: int, n_power_iterations: int, eps: float, names: list[str], backend: str, *tensors: Tensor
+        count: int,
+        n_power_iterations: int,
+        eps: float,
+        names: list[str],
+        dtype: torch.dtype | None,
+        backend: str,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         weights, u, v = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         normalized, u_new, v_new, sigma = torch.ops.sabmn_ext.spectral_norm_forward(
-            weights, u, v, n_power_iterations, eps, names, backend
+            weights, u, v, n_power_iterations, eps, names, dtype, backend
         )
-        return (*normalized, *u_new, *v_new, sigma)
+        return (*normalized, u_new, v_new, sigma)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.count, ctx.backend = inputs[0], inputs[4]
+        ctx.count, ctx.backend = inputs[0], inputs[5]
         ctx.set_materialize_grads(False)  # a layer that a step did not use has no gradient
         ctx.mark_non_differentiable(*output[ctx.count :])
-        ctx.save_for_backward(*inputs[5 : 5 + ctx.count], *output[ctx.count :])
+        ctx.save_for_backward(*inputs[6 : 6 + ctx.count], *output[ctx.count :])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         n = ctx.count
-        *saved, sigma = ctx.saved_tensors
-        used = [i for i in range(n) if gradients[i] is not None and ctx.needs_input_grad[5 + i]]
+        *weights, u, v, sigma = ctx.saved_tensors
+        used = [i for i in range(n) if gradients[i] is not None and ctx.needs_input_grad[6 + i]]
         results: list[Tensor | None] = [None] * n
         if used:
             if len(used) < n:
+                u, v = (torch.cat([_split(t, weights, k)[i] for i in used]) for k, t in enumerate((u, v)))
                 sigma = torch.stack([sigma[i] for i in used])
-            weights, u, v = ([saved[k * n + i] for i in used] for k in range(3))
-            used_gradients = [gradients[i] for i in used]
+            used_weights, used_gradients = [weights[i] for i in used], [gradients[i] for i in used]
             if torch.compiler.is_compiling():
                 # The compiler cannot call a Function of varying arity in here; compiled graphs refuse second
                 # derivatives by themselves, so nothing is lost.
                 weight_gradients = torch.ops.sabmn_ext.spectral_norm_backward(
-                    used_gradients, weights, u, v, sigma, ctx.backend
+                    used_gradients, used_weights, u, v, sigma, ctx.backend
                 )
             else:
                 weight_gradients = _SpectralNormBackward.apply(
-                    len(used), ctx.backend, *used_gradients, *weights, *u, *v, sigma
+                    len(used), ctx.backend, *used_gradients, *used_weights, u, v, sigma
                 )
             for i, gradient in zip(used, weight_gradients, strict=True):
                 results[i] = gradient
-        return (None, None, None, None, None, *results, *[None] * (2 * n))
+        return (None, None, None, None, None, None, *results, *[None] * (2 * n))
 
 
 class _SpectralNormBackward(torch.autograd.Function):
@@ -137,10 +199,8 @@ class _SpectralNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(count: int, backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        gradients, weights, u, v = (tensors[k * count : (k + 1) * count] for k in range(4))
-        return tuple(
-            torch.ops.sabmn_ext.spectral_norm_backward(gradients, weights, u, v, tensors[-1], backend)
-        )
+        gradients, weights, vectors = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        return tuple(torch.ops.sabmn_ext.spectral_norm_backward(gradients, weights, *vectors, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -151,8 +211,9 @@ class _SpectralNormBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         n = ctx.count
-        saved = ctx.saved_tensors
-        gradients, weights, u, v = (saved[k * n : (k + 1) * n] for k in range(4))
+        *matrices, all_u, all_v = ctx.saved_tensors
+        gradients, weights = matrices[:n], matrices[n:]
+        u, v = _split(all_u, weights, 0), _split(all_v, weights, 1)
         results: list[Tensor | None] = [None] * (2 * n)
         for i, cotangent in enumerate(cotangents):
             if cotangent is not None:
@@ -163,111 +224,124 @@ class _SpectralNormBackward(torch.autograd.Function):
                     weights[i],
                 )[1]
                 results[i], results[n + i] = pull_back(cotangent)
-        return (None, None, *results, *[None] * (2 * n), None)
+        return (None, None, *results, None, None, None)
 
 
 # ---- the ops themselves (private: a direct call has no gradient) ----
 
 
-def _longest_first(weights: Tensors) -> list[int]:
-    return sorted(range(len(weights)), key=lambda i: -weights[i].numel())
+def _kernels(backend: str) -> Any:
+    """The module whose ``forward`` and ``backward`` fill lists of dense tensors."""
+    return importlib.import_module(f"sabmn_ext.ops.{backend}.spectral_norm")
 
 
-def _addresses(tensors: Tensors, order: list[int]) -> list[int]:
-    return [tensors[i].data_ptr() for i in order]
+def _dense(weight: Tensor) -> tuple[Tensor, int]:
+    """A dense matrix in memory, copied only where ``weight`` is none, and the order of its columns.
+
+    Column m in memory is column (m % inner)·(columns / inner) + m / inner of ``weight.flatten(1)``: convolutions in
+    channels_last have their input channels innermost.
+    """
+    columns = weight[0].numel()
+    if not weight.is_contiguous():
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        if weight.dim() in formats and weight.is_contiguous(memory_format=formats[weight.dim()]):
+            return weight, weight.shape[1]
+    return weight.contiguous(), columns
+
+
+def _empty_like(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    if tensors[0].device.type == "cpu":
+        return _buffers.empty_like(tensors, dtype)
+    return [torch.empty_like(t, dtype=dtype) for t in tensors]
+
+
+def _like(results: Tensors, weights: Tensors) -> list[Tensor]:
+    """``results`` in the memory format of ``weights``."""
+    return [
+        result if result.stride() == weight.stride() else torch.empty_like(weight, dtype=result.dtype).copy_(result)
+        for result, weight in zip(results, weights, strict=True)
+    ]
 
 
 def _forward(
-    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float, names: Sequence[str], backend: str
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    weights: Tensors,
+    u: Tensors,
+    v: Tensors,
+    n_power_iterations: int,
+    eps: float,
+    names: Sequence[str],
+    dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     first = weights[0]
-    if dispatch.choose("spectral_norm_forward", backend, first.device, first.dtype) == "cpu":
-        normalized, u_new, v_new, sigma = _forward_cpu(weights, u, v, n_power_iterations, eps)
-    else:
+    taken = dispatch.choose("spectral_norm_forward", backend, first.device, first.dtype)
+    if taken == "torch":
         results = [
-            reference.spectral_norm(w, left, right, n_power_iterations, eps)
+            reference.spectral_norm(w, left, right, n_power_iterations, eps, dtype)
             for w, left, right in zip(weights, u, v, strict=True)
         ]
-        normalized, u_new, v_new = ([result[k] for result in results] for k in range(3))
+        normalized = [result[0] for result in results]
+        u_new, v_new = (torch.cat([result[k] for result in results]) for k in (1, 2))
         sigma = torch.stack([result[3] for result in results])
-    if sigma.device.type == "cpu":  # elsewhere the host would have to wait for the device
+    else:
+        dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
+        normalized = _empty_like(dense, dtype or first.dtype)
+        u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
+        u_new, v_new = (first.new_empty(sum(t.numel() for t in vectors)) for vectors in (u, v))
+        sigma = first.new_empty(len(weights), dtype=reference.wide(first.dtype))
+        new = (_split(u_new, weights, 0), _split(v_new, weights, 1))
+        _kernels(taken).forward(dense, u, v, normalized, *new, inner, sigma, n_power_iterations, eps)
+    if sigma.device.type == "cpu":
+        check_sigma(names, sigma)
+    return _like(normalized, weights), u_new, v_new, sigma
+
+
+def check_sigma(names: Sequence[str], sigma: Tensor) -> None:
+    """Raise a RuntimeError that names the weights whose σ cannot be divided by: zero, or not finite."""
+    if not bool((sigma.abs() >= torch.finfo(sigma.dtype).tiny).logical_and(sigma.isfinite()).all()):
         for name, value in zip(names, sigma.tolist(), strict=True):
-            if not 0 < abs(value) < float("inf"):
+            if not torch.finfo(sigma.dtype).tiny <= abs(value) < float("inf"):
                 raise RuntimeError(
                     f"the largest singular value of {name} is {value}: the weight is zero, overflows or is not finite, "
                     "so it cannot be divided by it. Initialise the layer, or exclude it from spectral normalisation"
                 )
-    return normalized, u_new, v_new, sigma
-
-
-def _forward_cpu(
-    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    assert _native.module is not None
-    dense = [w.contiguous() for w in weights]
-    u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
-    normalized = [torch.empty_like(w) for w in dense]
-    u_new, v_new = [torch.empty_like(t) for t in u], [torch.empty_like(t) for t in v]
-    sigma = dense[0].new_empty(len(weights))
-    order = _longest_first(dense)
-    status = _native.module.spectral_norm_forward(
-        *(_addresses(tensors, order) for tensors in (dense, u, v, normalized, u_new, v_new)),
-        [dense[i].shape[0] for i in order],
-        [v[i].numel() for i in order],
-        sigma.data_ptr(),
-        n_power_iterations,
-        eps,
-        dispatch.DTYPE_CODES[sigma.dtype],
-        torch.get_num_threads(),
-    )
-    dispatch.check_status(status, "spectral_norm_forward", *weights)
-    in_order = torch.empty_like(sigma)
-    in_order[order] = sigma
-    normalized = [_like(n, w) for n, w in zip(normalized, weights, strict=True)]
-    return normalized, u_new, v_new, in_order
-
-
-def _like(tensor: Tensor, model: Tensor) -> Tensor:
-    """``tensor`` in the memory format of ``model`` (channels_last convolutions stay channels_last)."""
-    expected = torch.empty_like(model)
-    return tensor if expected.stride() == tensor.stride() else expected.copy_(tensor)
 
 
 def _backward(
-    gradients: Tensors, weights: Tensors, u: Tensors, v: Tensors, sigma: Tensor, backend: str
+    gradients: Tensors, weights: Tensors, u: Tensor, v: Tensor, sigma: Tensor, backend: str
 ) -> list[Tensor]:
-    if dispatch.choose("spectral_norm_backward", backend, sigma.device, sigma.dtype) == "torch":
-        return [
-            _like(reference.spectral_norm_backward(*inputs), inputs[1])
-            for inputs in zip(gradients, weights, u, v, strict=True)
+    taken = dispatch.choose("spectral_norm_backward", backend, sigma.device, weights[0].dtype)
+    vectors = (_split(u, weights, 0), _split(v, weights, 1))
+    if taken == "torch":
+        results = [
+            reference.spectral_norm_backward(*inputs) for inputs in zip(gradients, weights, *vectors, strict=True)
         ]
-    assert _native.module is not None
-    dense_gradients, dense = [g.contiguous() for g in gradients], [w.contiguous() for w in weights]
-    u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
-    results = [torch.empty_like(w) for w in dense]
-    order = _longest_first(dense)
-    ordered_sigma = sigma[order]
-    status = _native.module.spectral_norm_backward(
-        *(_addresses(tensors, order) for tensors in (dense_gradients, dense, u, v, results)),
-        [dense[i].shape[0] for i in order],
-        [v[i].numel() for i in order],
-        ordered_sigma.data_ptr(),
-        dispatch.DTYPE_CODES[sigma.dtype],
-        torch.get_num_threads(),
-    )
-    dispatch.check_status(status, "spectral_norm_backward", *weights)
-    return [_like(result, w) for result, w in zip(results, weights, strict=True)]
+        return _like(results, weights)
+    dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
+    gradients = _like(gradients, dense)
+    results = _empty_like(dense, weights[0].dtype)
+    _kernels(taken).backward(gradients, dense, *vectors, inner, sigma.contiguous(), results)
+    return _like(results, weights)
 
 
 def _forward_fake(
-    weights: Tensors, u: Tensors, v: Tensors, n_power_iterations: int, eps: float, names: Sequence[str], backend: str
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    like = [[torch.empty_like(t) for t in tensors] for tensors in (weights, u, v)]
-    return like[0], like[1], like[2], weights[0].new_empty(len(weights))
+    weights: Tensors,
+    u: Tensors,
+    v: Tensors,
+    n_power_iterations: int,
+    eps: float,
+    names: Sequence[str],
+    dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    normalized = [torch.empty_like(w, dtype=dtype) for w in weights]
+    u_new, v_new = (weights[0].new_empty(sum(t.numel() for t in vectors)) for vectors in (u, v))
+    sigma = weights[0].new_empty(len(weights), dtype=reference.wide(weights[0].dtype))
+    return normalized, u_new, v_new, sigma
 
 
 def _backward_fake(
-    gradients: Tensors, weights: Tensors, u: Tensors, v: Tensors, sigma: Tensor, backend: str
+    gradients: Tensors, weights: Tensors, u: Tensor, v: Tensor, sigma: Tensor, backend: str
 ) -> list[Tensor]:
     return [torch.empty_like(w) for w in weights]
 

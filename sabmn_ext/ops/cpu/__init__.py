@@ -1,0 +1,1 @@
+"""How the C++ CPU kernels are called, one file per operation."""

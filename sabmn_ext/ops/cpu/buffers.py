@@ -1,0 +1,68 @@
+"""Large output tensors on the CPU whose memory is used again once torch has released them.
+
+Fresh memory costs a page fault every 4 KB: about as much time as filling it. A training step hands out the same sizes
+again and again, and the last step's are released by then.
+"""
+
+import sys
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MIN_BYTES = 1 << 16  # malloc keeps smaller ones by itself
+KEPT_CALLS = 8  # a buffer that so many calls had no use for is given back
+_ALIGNMENT = 64
+
+
+class _Buffer:
+    def __init__(self, nbytes: int) -> None:
+        memory = np.empty(nbytes + _ALIGNMENT, dtype=np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        self.bytes = memory[start : start + nbytes]
+        self.last_used = 0
+        self._references_when_free = self._references()
+
+    def _references(self) -> int:
+        return sys.getrefcount(self.bytes)
+
+    def is_free(self) -> bool:
+        """Whether no tensor stands on the memory any more: each one holds a reference."""
+        return self._references() == self._references_when_free
+
+
+class Buffers:
+    """Hands out tensors; knows by their reference counts which ones torch has released."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, list[_Buffer]] = {}
+        self._calls = 0
+        self._lock = threading.Lock()
+
+    def empty_like(self, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Uninitialised tensors with the shapes and strides of the dense ``tensors``."""
+        with self._lock:
+            self._calls += 1
+            results = [self._empty_like(tensor, dtype) for tensor in tensors]
+            self._give_back()
+        return results
+
+    def __len__(self) -> int:
+        return sum(len(buffers) for buffers in self._buffers.values())
+
+    def _empty_like(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        nbytes = tensor.numel() * dtype.itemsize
+        if nbytes < MIN_BYTES:
+            return torch.empty_like(tensor, dtype=dtype)
+        buffers = self._buffers.setdefault(nbytes, [])
+        buffer = next((b for b in buffers if b.is_free()), None)
+        if buffer is None:
+            buffer = _Buffer(nbytes)
+            buffers.append(buffer)
+        buffer.last_used = self._calls
+        return torch.frombuffer(buffer.bytes, dtype=dtype).as_strided(tensor.shape, tensor.stride())
+
+    def _give_back(self) -> None:
+        for nbytes, buffers in self._buffers.items():
+            self._buffers[nbytes] = [b for b in buffers if self._calls - b.last_used < KEPT_CALLS or not b.is_free()]
