@@ -47,19 +47,23 @@ def forward(
     """
     types = [_TRITON_TYPES[t.dtype] for t in (weights[0], normalized[0], sigma)]
     weight_type, _, sum_type = types
-    power = n_power_iterations > 0
+    power = int(n_power_iterations > 0)
     with torch.cuda.device_of(sigma):
         for group in _groups(u, v, inner, sigma, _forward_bytes):
             for iteration in range(max(n_power_iterations, 1)):
                 right = v if iteration == 0 else v_new
                 records = group.records(weights, right, u, sigma.unbind(), normalized, u_new, v_new)
                 table = torch.empty(len(records) * _GROUP, dtype=torch.int64, device=sigma.device)
-                last = iteration + 1 >= n_power_iterations
-                kernels.spectral_norm_forward_products_kernel[group.grid](records, table, power, weight_type, sum_type)
-                kernels.spectral_norm_forward_sums_kernel[group.grid](
-                    table, group.count, power, eps, weight_type, sum_type
+                last = int(iteration + 1 >= n_power_iterations)
+                kernels.spectral_norm_forward_products_kernel[group.grid](
+                    records, table, power, weight_type, sum_type, **kernels.LAUNCH_OPTIONS
                 )
-                kernels.spectral_norm_forward_scale_kernel[group.grid](table, group.count, power, last, eps, *types)
+                kernels.spectral_norm_forward_sums_kernel[group.grid](
+                    table, group.count, power, eps, weight_type, sum_type, **kernels.LAUNCH_OPTIONS
+                )
+                kernels.spectral_norm_forward_scale_kernel[group.grid](
+                    table, group.count, power, last, eps, *types, **kernels.LAUNCH_OPTIONS
+                )
 
 
 def backward(
@@ -83,8 +87,10 @@ def backward(
         for group in _groups(u, v, inner, sigma, _backward_bytes):
             records = group.records(weights, gradients, u, v, sigma.unbind(), weight_gradients)
             table = torch.empty(len(records) * _GROUP, dtype=torch.int64, device=sigma.device)
-            kernels.spectral_norm_backward_dots_kernel[group.grid](records, table, *types)
-            kernels.spectral_norm_backward_gradient_kernel[group.grid](table, group.count, *types)
+            kernels.spectral_norm_backward_dots_kernel[group.grid](records, table, *types, **kernels.LAUNCH_OPTIONS)
+            kernels.spectral_norm_backward_gradient_kernel[group.grid](
+                table, group.count, *types, **kernels.LAUNCH_OPTIONS
+            )
 
 
 def _forward_bytes(blocks: int, columns: int, element_size: int) -> int:

@@ -1,27 +1,35 @@
 """Spectral normalisation of a group of weights: u ← Wv/‖Wv‖, v ← Wᵀu/‖Wᵀu‖, Ŵ = W/σ, and dW = (G − ⟨G, W⟩/σ·uvᵀ)/σ.
 
-A program owns a block of ``BLOCK_ROWS`` rows of one weight in every launch. The weights' records (addresses and sizes) are
-arguments of the first launch, which leaves them in the workspace for the next ones.
+A program owns a block of BLOCK_ROWS rows of one weight, in every launch. An iteration is three launches: r_b = W_b v
+and, while W_b is in the cache, s_b = W_bᵀ r_b; then u = r/‖r‖ and t = Wᵀu = Σ_b s_b / ‖r‖; then v = t/‖t‖ and W/σ. The
+blocks' sums are added in the order of the blocks, in double: no atomics, always the same bits. Wᵀ(Wv) would leave the
+range of fp32 where W is near 1e15 or 1e-15, so s_b is that of r_b / 2^e with a power of two of the block's own.
 
-One iteration: the first launch gives r_b = W_b v and, while W_b is in the cache, s_b = W_bᵀ r_b, so that
-Wᵀu = Σ_b s_b / ‖r‖. The block sums are added in the order of the blocks, in double: no atomics, the same bits always.
-In fp32 Wᵀ(Wv) overflows where W is near 1e15, so s_b is taken from r_b / 2^e with a power of two of the block's own.
+What is known of the weights (addresses, sizes) are arguments of the first launch, which leaves them in device memory
+for the next ones. WEIGHT, NORMALIZED and SUM are the dtypes of W, Ŵ and the arithmetic.
 """
 
 import triton
 import triton.language as tl
 
-BLOCK_ROWS: tl.constexpr = tl.constexpr(8)  # rows of a block: s_b, of one row's length, is 1/8 of what was read
+BLOCK_ROWS: tl.constexpr = tl.constexpr(8)  # what is written of s_b is 1/8 of what was read of W_b
 GROUP: tl.constexpr = tl.constexpr(32)  # weights of a group: their records fill 3 of the 4 KB of kernel arguments
-FLAT: tl.constexpr = tl.constexpr(2048)  # elements of a tile of the launches that do not see rows and columns
-SUMS: tl.constexpr = tl.constexpr(256)  # block sums that are loaded at once
+FLAT: tl.constexpr = tl.constexpr(2048)  # elements of a tile where a block is a run of memory
+SUMS: tl.constexpr = tl.constexpr(256)  # blocks' sums that are loaded at once
 
-# Triton makes a constant of an argument 1, marks multiples of 16 and takes small integers as 32-bit ones: one
-# compilation for each pattern. Odd numbers above 2^62 are plain 64-bit integers to it.
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+# Triton makes a constant of an argument 1, marks multiples of 16 and takes small integers as 32-bit ones: a compilation
+# for each pattern. Odd numbers above 2^62 are plain 64-bit integers to it.
 CODE_OF_ZERO: tl.constexpr = tl.constexpr(2**62 + 1)
 
 
-# ---- records: a field is a tuple of GROUP codes; field 0 is each weight's first program ----
+# ---- records: the fields of a group are tuples of GROUP codes; field 0 is the first program of each weight ----
+
+# first, rows, columns, inner, workspace, weight, v, u, sigma, normalized, u_new, v_new
+FORWARD_FIELDS: tl.constexpr = tl.constexpr(12)
+# first, rows, columns, inner, workspace, weight, gradient, u, v, sigma, weight_gradient
+BACKWARD_FIELDS: tl.constexpr = tl.constexpr(11)
 
 
 @triton.jit
@@ -47,9 +55,9 @@ def _take_record(fields, table, program, COUNT: tl.constexpr):
     record = ()
     for k in tl.static_range(COUNT):
         record += (fields[k][0],)
-    for eighth in tl.static_range(0, GROUP, 8):
-        if code >= fields[0][eighth]:
-            for i in tl.static_range(eighth, eighth + 8):
+    for start in tl.static_range(0, GROUP, 8):
+        if code >= fields[0][start]:
+            for i in tl.static_range(start, start + 8):
                 record = _replace_where(code >= fields[0][i], record, fields, i)
                 if code == fields[0][i]:
                     for k in tl.static_range(len(fields)):
@@ -72,7 +80,7 @@ def _read_record(table, count, program, FIELDS: tl.constexpr):
     return record
 
 
-# ---- blocks and addresses ----
+# ---- addresses ----
 
 
 @triton.jit
@@ -81,50 +89,53 @@ def _number_of_blocks(rows):
 
 
 @triton.jit
-def _pointer(address, T: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = address.to(tl.pointer_type(T))
-    if ALIGNED:  # so that the compiler loads several elements at once: 16 bytes of S
-        pointer = tl.multiple_of(pointer, 16 * T.primitive_bitwidth // S.primitive_bitwidth)
+def _workspace(address, blocks, columns, SUM: tl.constexpr):
+    norms = address.to(tl.pointer_type(tl.float64))  # [blocks] ‖r_b‖²
+    squares = norms + blocks  # [blocks] parts of ‖t‖², or of uᵀr
+    t = squares + blocks  # [columns]
+    r = (t + columns).to(tl.pointer_type(SUM))  # [blocks · BLOCK_ROWS]
+    sums = r + blocks * BLOCK_ROWS  # [blocks, columns] s_b / 2^e
+    scales = sums + blocks * columns  # [blocks] 2^e
+    return norms, squares, t, r, sums, scales
+
+
+@triton.jit
+def _is_aligned(addresses, columns, SUM: tl.constexpr):
+    return (addresses % 16 == 0) & (columns % (128 // SUM.primitive_bitwidth) == 0)
+
+
+@triton.jit
+def _pointer(address, TYPE: tl.constexpr, SUM: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:  # so that the compiler takes several elements at once: those of 16 bytes of SUM
+        pointer = tl.multiple_of(pointer, 16 * TYPE.primitive_bitwidth // SUM.primitive_bitwidth)
     return pointer
 
 
 @triton.jit
-def _row_length(columns, S: tl.constexpr, ALIGNED: tl.constexpr):
-    VECTOR: tl.constexpr = 128 // S.primitive_bitwidth
+def _row_length(columns, SUM: tl.constexpr, ALIGNED: tl.constexpr):
+    VECTOR: tl.constexpr = 128 // SUM.primitive_bitwidth
     return columns // VECTOR * VECTOR if ALIGNED else columns
 
 
 @triton.jit
-def _is_aligned(addresses, columns, S: tl.constexpr):
-    return (addresses % 16 == 0) & (columns % (128 // S.primitive_bitwidth) == 0)
-
-
-@triton.jit
 def _element(column, columns, inner):
-    """The element of v to which a column in memory belongs."""
+    """The element of v that belongs to a column in memory."""
     return (column % inner) * (columns // inner) + column // inner
 
 
 @triton.jit
-def _load_v(v, column, columns, inner):
-    if inner == columns:  # no division, and neighbours at once
-        element = tl.load(v + column, mask=column < columns, other=0.0)
+def _load_v(v, column, columns, inner, WEIGHT: tl.constexpr, SUM: tl.constexpr):
+    """The elements of v that belong to columns in memory, several at once where that can be."""
+    mask = column < columns
+    if inner == columns:
+        if v % 16 == 0:
+            element = tl.load(_pointer(v, WEIGHT, SUM, True) + column, mask=mask, other=0.0)
+        else:
+            element = tl.load(_pointer(v, WEIGHT, SUM, False) + column, mask=mask, other=0.0)
     else:
-        element = tl.load(v + _element(column, columns, inner), mask=column < columns, other=0.0)
-    return element
-
-
-# ---- the workspace of a weight: five vectors, then the block sums ----
-
-
-@triton.jit
-def _workspace(address, blocks, columns, S: tl.constexpr):
-    norms = address.to(tl.pointer_type(tl.float64))  # [blocks] ‖r_b‖²
-    squares = norms + blocks  # [blocks] parts of ‖t‖², or of uᵀWv
-    t = squares + blocks  # [columns] Wᵀu
-    r = (t + columns).to(tl.pointer_type(S))  # [blocks · BLOCK_ROWS] Wv
-    sums = r + blocks * BLOCK_ROWS  # [blocks, columns] s_b / 2^e
-    return norms, squares, t, r, sums, sums + blocks * columns  # the last: [blocks] 2^e
+        element = tl.load(_pointer(v, WEIGHT, SUM, False) + _element(column, columns, inner), mask=mask, other=0.0)
+    return element.to(SUM)
 
 
 @triton.jit
@@ -136,43 +147,49 @@ def _sum(pointer, count):
     return tl.sum(total)
 
 
-@triton.jit
-def _at_least(value, eps):
-    return tl.where(value < eps, eps, value)  # a NaN stays one
-
-
 # ---- forward ----
 
 
 @triton.jit
-def _multiply(weight, v, rows, columns, inner, workspace, block, power, T: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr):
-    COLUMNS: tl.constexpr = 16384 // S.primitive_bitwidth  # a thread holds all rows of its columns
-    blocks = _number_of_blocks(rows)
-    norms, _, _, r_pointer, sums, scales = _workspace(workspace, blocks, columns, S)
+def _multiply(
+    weight,
+    v,
+    rows,
+    columns,
+    inner,
+    workspace,
+    block,
+    power,
+    WEIGHT: tl.constexpr,
+    SUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    # 128 threads with 16 bytes of every row: each has all rows of its columns, and s_b needs no exchange.
+    COLUMNS: tl.constexpr = 16384 // SUM.primitive_bitwidth
+    norms, _, _, r_pointer, sums, scales = _workspace(workspace, _number_of_blocks(rows), columns, SUM)
+    columns = _row_length(columns, SUM, ALIGNED)
+    sums += block * columns
     if ALIGNED:
         sums = tl.multiple_of(sums, 16)
-    columns = _row_length(columns, S, ALIGNED)
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     # Beyond the last row the last one is read again: a mask for every column, not for every element.
-    weight = _pointer(weight, T, S, ALIGNED) + tl.minimum(row, rows - 1)[:, None] * columns
-    v = _pointer(v, T, S, ALIGNED)
+    weight = _pointer(weight, WEIGHT, SUM, ALIGNED) + tl.minimum(row, rows - 1) * columns
 
-    products = tl.zeros([BLOCK_ROWS, COLUMNS], S)
+    products = tl.zeros([BLOCK_ROWS, COLUMNS], SUM)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        x = _load_v(v, column, columns, inner)
+        x = _load_v(v, column, columns, inner, WEIGHT, SUM)
         w = tl.load(weight + column[None, :], mask=(column < columns)[None, :], other=0.0)
-        products += w.to(S) * x.to(S)[None, :]
-    row = row[:, None]
+        products += w.to(SUM) * x[None, :]
     r = tl.where(row < rows, tl.sum(products, 1, keep_dims=True), 0.0)
     tl.store(r_pointer + row, r)
 
     if power:
         r64 = r.to(tl.float64)
         tl.store(norms + block, tl.sum(r64 * r64))
-        if S == tl.float32:
+        if SUM.is_fp32():
             exponent = (tl.max(tl.abs(r)).to(tl.int32, bitcast=True) >> 23) & 255
-            exponent = tl.minimum(tl.maximum(exponent, 1), 253)  # 2^e and 2^-e are normal numbers
+            exponent = tl.minimum(tl.maximum(exponent, 1), 253)  # so that 2^e and 2^-e are normal numbers
             tl.store(scales + block, (exponent << 23).to(tl.float32, bitcast=True))
             r *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         else:
@@ -180,44 +197,46 @@ def _multiply(weight, v, rows, columns, inner, workspace, block, power, T: tl.co
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             w = tl.load(weight + column[None, :], mask=(column < columns)[None, :], other=0.0)
-            s = tl.sum(w.to(S) * r, 0)
-            tl.store(sums + block * columns + column, s, mask=column < columns)
+            tl.store(sums + column, tl.sum(w.to(SUM) * r, 0), mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["power"])
-def spectral_norm_forward_products_kernel(fields, table, power, T: tl.constexpr, S: tl.constexpr):
-    """r = Wv, and with ``power`` ‖r_b‖² and s_b = W_bᵀ r_b, for every block of rows."""
+def spectral_norm_forward_products_kernel(fields, table, power, WEIGHT: tl.constexpr, SUM: tl.constexpr):
+    """r = Wv and, with ``power``, ‖r_b‖² and s_b = W_bᵀ r_b."""
     program = tl.program_id(0).to(tl.int64)
     first, rows, columns, inner, workspace, weight, v = _take_record(fields, table, program, 7)
-    if _is_aligned(weight | v, columns, S):
-        _multiply(weight, v, rows, columns, inner, workspace, program - first, power, T, S, True)
+    if _is_aligned(weight, columns, SUM):
+        _multiply(weight, v, rows, columns, inner, workspace, program - first, power, WEIGHT, SUM, True)
     else:
-        _multiply(weight, v, rows, columns, inner, workspace, program - first, power, T, S, False)
+        _multiply(weight, v, rows, columns, inner, workspace, program - first, power, WEIGHT, SUM, False)
 
 
 @triton.jit(do_not_specialize=["count", "power"])
-def spectral_norm_forward_sums_kernel(table, count, power, eps: tl.float64, T: tl.constexpr, S: tl.constexpr):
-    """u = r/‖r‖, t = Σ_b s_b/‖r‖ and the parts of ‖t‖²; without ``power`` u and v as they were, and the parts of uᵀr."""
-    COLUMNS: tl.constexpr = 32
+def spectral_norm_forward_sums_kernel(table, count, power, eps: tl.float64, WEIGHT: tl.constexpr, SUM: tl.constexpr):
+    """u = r/‖r‖, t = Σ_b s_b/‖r‖ and parts of ‖t‖²; without ``power`` copies of u and v, and parts of uᵀr."""
     BLOCKS: tl.constexpr = 32
+    COLUMNS: tl.constexpr = 32
     program = tl.program_id(0).to(tl.int64)
-    first, rows, columns, _, workspace, _, v, u, _, _, u_new, v_new = _read_record(table, count, program, 12)
+    first, rows, columns, _, workspace, _, v, u, _, _, u_new, v_new = _read_record(
+        table, count, program, FORWARD_FIELDS
+    )
     block = program - first
     blocks = _number_of_blocks(rows)
-    norms, squares, t_pointer, r_pointer, sums, scales = _workspace(workspace, blocks, columns, S)
+    norms, squares, t_pointer, r_pointer, sums, scales = _workspace(workspace, blocks, columns, SUM)
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     r = tl.load(r_pointer + row).to(tl.float64)
-    u_new = u_new.to(tl.pointer_type(T)) + row
+    u_new = u_new.to(tl.pointer_type(WEIGHT)) + row
 
     if power:
-        length = _at_least(tl.sqrt(_sum(norms, blocks)), eps)
-        tl.store(u_new, (r / length).to(S).to(T), mask=row < rows)
+        norm = tl.sqrt(_sum(norms, blocks))
+        length = tl.where(norm < eps, eps, norm)  # a NaN stays one
+        tl.store(u_new, (r / length).to(SUM).to(WEIGHT), mask=row < rows)
         square = tl.zeros([COLUMNS], tl.float64)
         for start in range(block * COLUMNS, columns, blocks * COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             t = tl.zeros([BLOCKS, COLUMNS], tl.float64)
-            for other in range(0, blocks, BLOCKS):
-                b = other + tl.arange(0, BLOCKS)
+            for start_block in range(0, blocks, BLOCKS):
+                b = start_block + tl.arange(0, BLOCKS)
                 scale = tl.load(scales + b, mask=b < blocks, other=0.0).to(tl.float64)
                 mask = (b < blocks)[:, None] & (column < columns)[None, :]
                 s = tl.load(sums + b[:, None] * columns + column[None, :], mask=mask, other=0.0)
@@ -227,114 +246,160 @@ def spectral_norm_forward_sums_kernel(table, count, power, eps: tl.float64, T: t
             square += t * t
         tl.store(squares + block, tl.sum(square))
     else:
-        left = tl.load(u.to(tl.pointer_type(T)) + row, mask=row < rows, other=0.0)
+        left = tl.load(u.to(tl.pointer_type(WEIGHT)) + row, mask=row < rows, other=0.0)
         tl.store(u_new, left, mask=row < rows)
-        tl.store(squares + block, tl.sum(left.to(S).to(tl.float64) * r))
+        tl.store(squares + block, tl.sum(left.to(SUM).to(tl.float64) * r))
         for start in range(block * COLUMNS, columns, blocks * COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            right = tl.load(v.to(tl.pointer_type(T)) + column, mask=column < columns)
-            tl.store(v_new.to(tl.pointer_type(T)) + column, right, mask=column < columns)
+            right = tl.load(v.to(tl.pointer_type(WEIGHT)) + column, mask=column < columns)
+            tl.store(v_new.to(tl.pointer_type(WEIGHT)) + column, right, mask=column < columns)
 
 
 @triton.jit
-def _divide(weight, normalized, sigma, rows, columns, block, T: tl.constexpr, O: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr):
-    weight, normalized = _pointer(weight, T, S, ALIGNED), _pointer(normalized, O, S, ALIGNED)
-    columns = _row_length(columns, S, ALIGNED)
+def _divide(
+    weight,
+    normalized,
+    sigma,
+    rows,
+    columns,
+    block,
+    WEIGHT: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    SUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    weight, normalized = _pointer(weight, WEIGHT, SUM, ALIGNED), _pointer(normalized, NORMALIZED, SUM, ALIGNED)
+    columns = _row_length(columns, SUM, ALIGNED)
     end = tl.minimum((block + 1) * BLOCK_ROWS, rows) * columns
     for start in range(block * BLOCK_ROWS * columns, end, FLAT):
         i = start + tl.arange(0, FLAT)
-        w = tl.load(weight + i, mask=i < end)
-        tl.store(normalized + i, (w.to(S) / sigma).to(O), mask=i < end)
+        w = tl.load(weight + i, mask=i < end, other=0.0)
+        tl.store(normalized + i, (w.to(SUM) / sigma).to(NORMALIZED), mask=i < end)
 
 
 @triton.jit(do_not_specialize=["count", "power", "divide"])
 def spectral_norm_forward_scale_kernel(
-    table, count, power, divide, eps: tl.float64, T: tl.constexpr, O: tl.constexpr, S: tl.constexpr
+    table, count, power, divide, eps: tl.float64, WEIGHT: tl.constexpr, NORMALIZED: tl.constexpr, SUM: tl.constexpr
 ):
     """σ = ‖t‖²/max(‖t‖, eps), v = t/max(‖t‖, eps) and, with ``divide``, Ŵ = W/σ; without ``power`` σ = uᵀr."""
     COLUMNS: tl.constexpr = 256
     program = tl.program_id(0).to(tl.int64)
     first, rows, columns, inner, workspace, weight, _, _, sigma_new, normalized, _, v_new = _read_record(
-        table, count, program, 12
+        table, count, program, FORWARD_FIELDS
     )
     block = program - first
     blocks = _number_of_blocks(rows)
-    _, squares, t, _, _, _ = _workspace(workspace, blocks, columns, S)
+    _, squares, t, _, _, _ = _workspace(workspace, blocks, columns, SUM)
     sigma = _sum(squares, blocks)
     if power:
-        length = _at_least(tl.sqrt(sigma), eps)
+        norm = tl.sqrt(sigma)
+        length = tl.where(norm < eps, eps, norm)
         sigma /= length
         for start in range(block * COLUMNS, columns, blocks * COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            v = (tl.load(t + column, mask=column < columns) / length).to(S).to(T)
-            tl.store(v_new.to(tl.pointer_type(T)) + _element(column, columns, inner), v, mask=column < columns)
-    sigma = sigma.to(S)
+            v = (tl.load(t + column, mask=column < columns) / length).to(SUM).to(WEIGHT)
+            tl.store(v_new.to(tl.pointer_type(WEIGHT)) + _element(column, columns, inner), v, mask=column < columns)
+    sigma = sigma.to(SUM)
     if block == 0:
-        tl.store(sigma_new.to(tl.pointer_type(S)), sigma)
+        tl.store(sigma_new.to(tl.pointer_type(SUM)), sigma)
     if divide:
-        if _is_aligned(weight | normalized, columns, S):
-            _divide(weight, normalized, sigma, rows, columns, block, T, O, S, True)
+        if _is_aligned(weight | normalized, columns, SUM):
+            _divide(weight, normalized, sigma, rows, columns, block, WEIGHT, NORMALIZED, SUM, True)
         else:
-            _divide(weight, normalized, sigma, rows, columns, block, T, O, S, False)
+            _divide(weight, normalized, sigma, rows, columns, block, WEIGHT, NORMALIZED, SUM, False)
 
 
 # ---- backward ----
 
 
 @triton.jit
-def _dot(weight, gradient, rows, columns, block, T: tl.constexpr, O: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr):
-    weight, gradient = _pointer(weight, T, S, ALIGNED), _pointer(gradient, O, S, ALIGNED)
-    columns = _row_length(columns, S, ALIGNED)
+def _dot(
+    weight,
+    gradient,
+    rows,
+    columns,
+    block,
+    WEIGHT: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    SUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    weight, gradient = _pointer(weight, WEIGHT, SUM, ALIGNED), _pointer(gradient, NORMALIZED, SUM, ALIGNED)
+    columns = _row_length(columns, SUM, ALIGNED)
     end = tl.minimum((block + 1) * BLOCK_ROWS, rows) * columns
-    products = tl.zeros([FLAT], S)
+    products = tl.zeros([FLAT], SUM)
     for start in range(block * BLOCK_ROWS * columns, end, FLAT):
         i = start + tl.arange(0, FLAT)
         w = tl.load(weight + i, mask=i < end, other=0.0)
-        products += tl.load(gradient + i, mask=i < end, other=0.0).to(S) * w.to(S)
+        g = tl.load(gradient + i, mask=i < end, other=0.0)
+        products += g.to(SUM) * w.to(SUM)
     return tl.sum(products).to(tl.float64)
 
 
 @triton.jit
-def spectral_norm_backward_dots_kernel(fields, table, T: tl.constexpr, O: tl.constexpr, S: tl.constexpr):
-    """⟨G_b, W_b⟩ for every block of rows."""
+def spectral_norm_backward_dots_kernel(
+    fields, table, WEIGHT: tl.constexpr, NORMALIZED: tl.constexpr, SUM: tl.constexpr
+):
+    """⟨G_b, W_b⟩."""
     program = tl.program_id(0).to(tl.int64)
     first, rows, columns, _, workspace, weight, gradient = _take_record(fields, table, program, 7)
-    if _is_aligned(weight | gradient, columns, S):
-        dot = _dot(weight, gradient, rows, columns, program - first, T, O, S, True)
+    block = program - first
+    if _is_aligned(weight | gradient, columns, SUM):
+        dot = _dot(weight, gradient, rows, columns, block, WEIGHT, NORMALIZED, SUM, True)
     else:
-        dot = _dot(weight, gradient, rows, columns, program - first, T, O, S, False)
-    tl.store(workspace.to(tl.pointer_type(tl.float64)) + program - first, dot)
+        dot = _dot(weight, gradient, rows, columns, block, WEIGHT, NORMALIZED, SUM, False)
+    tl.store(workspace.to(tl.pointer_type(tl.float64)) + block, dot)
 
 
 @triton.jit
 def _subtract(
-    gradient, result, factor, sigma, u, v, rows, columns, inner, block, T: tl.constexpr, O: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr
+    gradient,
+    weight_gradient,
+    factor,
+    sigma,
+    u,
+    v,
+    rows,
+    columns,
+    inner,
+    block,
+    WEIGHT: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    SUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    COLUMNS: tl.constexpr = 16384 // S.primitive_bitwidth
-    columns = _row_length(columns, S, ALIGNED)
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    gradient = _pointer(gradient, O, S, ALIGNED) + row[:, None] * columns
-    result = _pointer(result, T, S, ALIGNED) + row[:, None] * columns
-    u = tl.load(u.to(tl.pointer_type(T)) + row, mask=row < rows, other=0.0).to(S) * factor
-    v = _pointer(v, T, S, ALIGNED)
+    COLUMNS: tl.constexpr = 16384 // SUM.primitive_bitwidth
+    columns = _row_length(columns, SUM, ALIGNED)
+    row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    gradient = _pointer(gradient, NORMALIZED, SUM, ALIGNED) + row * columns
+    weight_gradient = _pointer(weight_gradient, WEIGHT, SUM, ALIGNED) + row * columns
+    left = tl.load(u.to(tl.pointer_type(WEIGHT)) + row, mask=row < rows, other=0.0).to(SUM) * factor
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        x = _load_v(v, column, columns, inner).to(S)
-        g = tl.load(gradient + column[None, :], mask=mask).to(S)
-        tl.store(result + column[None, :], ((g - u[:, None] * x[None, :]) / sigma).to(T), mask=mask)
+        mask = (row < rows) & (column < columns)[None, :]
+        right = _load_v(v, column, columns, inner, WEIGHT, SUM)[None, :]
+        g = tl.load(gradient + column[None, :], mask=mask, other=0.0).to(SUM)
+        tl.store(weight_gradient + column[None, :], ((g - left * right) / sigma).to(WEIGHT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["count"])
-def spectral_norm_backward_gradient_kernel(table, count, T: tl.constexpr, O: tl.constexpr, S: tl.constexpr):
+def spectral_norm_backward_gradient_kernel(
+    table, count, WEIGHT: tl.constexpr, NORMALIZED: tl.constexpr, SUM: tl.constexpr
+):
     """dW = (G − ⟨G, W⟩/σ·uvᵀ)/σ."""
     program = tl.program_id(0).to(tl.int64)
-    first, rows, columns, inner, workspace, _, gradient, u, v, sigma, result = _read_record(table, count, program, 11)
+    first, rows, columns, inner, workspace, _, gradient, u, v, sigma, weight_gradient = _read_record(
+        table, count, program, BACKWARD_FIELDS
+    )
     block = program - first
-    sigma = tl.load(sigma.to(tl.pointer_type(S)))
-    dots = workspace.to(tl.pointer_type(tl.float64))
-    factor = (_sum(dots, _number_of_blocks(rows)) / sigma.to(tl.float64)).to(S)
-    if _is_aligned(gradient | result | v, columns, S):
-        _subtract(gradient, result, factor, sigma, u, v, rows, columns, inner, block, T, O, S, True)
+    sigma = tl.load(sigma.to(tl.pointer_type(SUM)))
+    dot = _sum(workspace.to(tl.pointer_type(tl.float64)), _number_of_blocks(rows))
+    factor = (dot / sigma.to(tl.float64)).to(SUM)
+    if _is_aligned(gradient | weight_gradient, columns, SUM):
+        _subtract(
+            gradient, weight_gradient, factor, sigma, u, v, rows, columns, inner, block, WEIGHT, NORMALIZED, SUM, True
+        )
     else:
-        _subtract(gradient, result, factor, sigma, u, v, rows, columns, inner, block, T, O, S, False)
+        _subtract(
+            gradient, weight_gradient, factor, sigma, u, v, rows, columns, inner, block, WEIGHT, NORMALIZED, SUM, False
+        )
