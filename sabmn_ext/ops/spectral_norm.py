@@ -26,7 +26,7 @@ _library.define(
     "spectral_norm_backward(Tensor[] gradients, Tensor[] weights, Tensor u, Tensor v, Tensor sigma, str backend) "
     "-> Tensor[]"
 )
-# The u that an op makes are one tensor, those of all weights one after the other, and so are the v: fewer tensors to handle.
+# The u that an op makes are one tensor, those of all weights one after the other, and so are the v.
 for _operation in ("spectral_norm_forward", "spectral_norm_backward"):
     dispatch.register(
         _operation,
@@ -302,13 +302,13 @@ def _forward(
 
 def check_sigma(names: Sequence[str], sigma: Tensor) -> None:
     """Raise a RuntimeError that names the weights whose σ cannot be divided by: zero, or not finite."""
-    if not bool((sigma.abs() >= torch.finfo(sigma.dtype).tiny).logical_and(sigma.isfinite()).all()):
-        for name, value in zip(names, sigma.tolist(), strict=True):
-            if not torch.finfo(sigma.dtype).tiny <= abs(value) < float("inf"):
-                raise RuntimeError(
-                    f"the largest singular value of {name} is {value}: the weight is zero, overflows or is not finite, "
-                    "so it cannot be divided by it. Initialise the layer, or exclude it from spectral normalisation"
-                )
+    tiny = torch.finfo(sigma.dtype).tiny
+    for name, value in zip(names, sigma.tolist(), strict=True):
+        if not tiny <= abs(value) < float("inf"):
+            raise RuntimeError(
+                f"the largest singular value of {name} is {value}: the weight is zero, overflows or is not finite, "
+                "so it cannot be divided by it. Initialise the layer, or exclude it from spectral normalisation"
+            )
 
 
 def _backward(
