@@ -72,6 +72,7 @@ def compiled(name: str, types: tuple[str, str, str], architecture: int) -> Any:
     names = kernel.arg_names
     fields = kernels.FORWARD_FIELDS if name.startswith("forward") else kernels.BACKWARD_FIELDS
     constants = dict(zip(("WEIGHT", "NORMALIZED", "SUM"), (getattr(tl, t) for t in types), strict=True))
+    constants["VECTOR"] = constants["WEIGHT"]
     signature = {
         "fields": (("i64",) * kernels.GROUP.value,) * fields.value,
         "table": "*i64",

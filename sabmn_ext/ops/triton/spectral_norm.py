@@ -45,24 +45,28 @@ def forward(
         n_power_iterations: updates of u and v; with 0 they are copied.
         eps: the smallest length that a vector is divided by.
     """
-    types = [_TRITON_TYPES[t.dtype] for t in (weights[0], normalized[0], sigma)]
-    weight_type, _, sum_type = types
-    power = int(n_power_iterations > 0)
+    weight_type, normalized_type, sum_type = (_TRITON_TYPES[t.dtype] for t in (weights[0], normalized[0], sigma))
+    power, options = int(n_power_iterations > 0), kernels.LAUNCH_OPTIONS
+    between = v_new  # the v of one iteration for the next
+    if n_power_iterations > 1 and sigma.dtype != weights[0].dtype:
+        between = [torch.empty_like(t, dtype=sigma.dtype) for t in v_new]
     with torch.cuda.device_of(sigma):
         for group in _groups(u, v, inner, sigma, _forward_bytes):
             for iteration in range(max(n_power_iterations, 1)):
-                right = v if iteration == 0 else v_new
-                records = group.records(weights, right, u, sigma.unbind(), normalized, u_new, v_new)
+                last = iteration + 1 >= n_power_iterations
+                right, right_type = (v, weight_type) if iteration == 0 else (between, sum_type)
+                right_new, right_new_type = (v_new, weight_type) if last else (between, sum_type)
+                records = group.records(weights, right, u, sigma.unbind(), normalized, u_new, right_new)
                 table = torch.empty(len(records) * _GROUP, dtype=torch.int64, device=sigma.device)
-                last = int(iteration + 1 >= n_power_iterations)
                 kernels.spectral_norm_forward_products_kernel[group.grid](
-                    records, table, power, weight_type, sum_type, **kernels.LAUNCH_OPTIONS
+                    records, table, power, weight_type, right_type, sum_type, **options
                 )
                 kernels.spectral_norm_forward_sums_kernel[group.grid](
-                    table, group.count, power, eps, weight_type, sum_type, **kernels.LAUNCH_OPTIONS
+                    table, group.count, power, eps, weight_type, sum_type, **options
                 )
+                types = (weight_type, normalized_type, right_new_type, sum_type)
                 kernels.spectral_norm_forward_scale_kernel[group.grid](
-                    table, group.count, power, last, eps, *types, **kernels.LAUNCH_OPTIONS
+                    table, group.count, power, int(last), eps, *types, **options
                 )
 
 

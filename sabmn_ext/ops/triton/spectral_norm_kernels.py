@@ -6,7 +6,8 @@ blocks' sums are added in the order of the blocks, in double: no atomics, always
 range of fp32 where W is near 1e15 or 1e-15, so s_b is that of r_b / 2^e with a power of two of the block's own.
 
 What is known of the weights (addresses, sizes) are arguments of the first launch, which leaves them in device memory
-for the next ones. WEIGHT, NORMALIZED and SUM are the dtypes of W, Ŵ and the arithmetic.
+for the next ones. WEIGHT, NORMALIZED, VECTOR and SUM are the dtypes of W, Ŵ, v and the arithmetic; v stays in SUM from
+one iteration to the next.
 """
 
 import triton
@@ -125,16 +126,16 @@ def _element(column, columns, inner):
 
 
 @triton.jit
-def _load_v(v, column, columns, inner, WEIGHT: tl.constexpr, SUM: tl.constexpr):
+def _load_v(v, column, columns, inner, VECTOR: tl.constexpr, SUM: tl.constexpr):
     """The elements of v that belong to columns in memory, several at once where that can be."""
     mask = column < columns
     if inner == columns:
         if v % 16 == 0:
-            element = tl.load(_pointer(v, WEIGHT, SUM, True) + column, mask=mask, other=0.0)
+            element = tl.load(_pointer(v, VECTOR, SUM, True) + column, mask=mask, other=0.0)
         else:
-            element = tl.load(_pointer(v, WEIGHT, SUM, False) + column, mask=mask, other=0.0)
+            element = tl.load(_pointer(v, VECTOR, SUM, False) + column, mask=mask, other=0.0)
     else:
-        element = tl.load(_pointer(v, WEIGHT, SUM, False) + _element(column, columns, inner), mask=mask, other=0.0)
+        element = tl.load(_pointer(v, VECTOR, SUM, False) + _element(column, columns, inner), mask=mask, other=0.0)
     return element.to(SUM)
 
 
@@ -161,6 +162,7 @@ def _multiply(
     block,
     power,
     WEIGHT: tl.constexpr,
+    VECTOR: tl.constexpr,
     SUM: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -178,7 +180,7 @@ def _multiply(
     products = tl.zeros([BLOCK_ROWS, COLUMNS], SUM)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        x = _load_v(v, column, columns, inner, WEIGHT, SUM)
+        x = _load_v(v, column, columns, inner, VECTOR, SUM)
         w = tl.load(weight + column[None, :], mask=(column < columns)[None, :], other=0.0)
         products += w.to(SUM) * x[None, :]
     r = tl.where(row < rows, tl.sum(products, 1, keep_dims=True), 0.0)
@@ -201,14 +203,17 @@ def _multiply(
 
 
 @triton.jit(do_not_specialize=["power"])
-def spectral_norm_forward_products_kernel(fields, table, power, WEIGHT: tl.constexpr, SUM: tl.constexpr):
+def spectral_norm_forward_products_kernel(
+    fields, table, power, WEIGHT: tl.constexpr, VECTOR: tl.constexpr, SUM: tl.constexpr
+):
     """r = Wv and, with ``power``, ‖r_b‖² and s_b = W_bᵀ r_b."""
     program = tl.program_id(0).to(tl.int64)
     first, rows, columns, inner, workspace, weight, v = _take_record(fields, table, program, 7)
+    block = program - first
     if _is_aligned(weight, columns, SUM):
-        _multiply(weight, v, rows, columns, inner, workspace, program - first, power, WEIGHT, SUM, True)
+        _multiply(weight, v, rows, columns, inner, workspace, block, power, WEIGHT, VECTOR, SUM, True)
     else:
-        _multiply(weight, v, rows, columns, inner, workspace, program - first, power, WEIGHT, SUM, False)
+        _multiply(weight, v, rows, columns, inner, workspace, block, power, WEIGHT, VECTOR, SUM, False)
 
 
 @triton.jit(do_not_specialize=["count", "power"])
@@ -279,7 +284,15 @@ def _divide(
 
 @triton.jit(do_not_specialize=["count", "power", "divide"])
 def spectral_norm_forward_scale_kernel(
-    table, count, power, divide, eps: tl.float64, WEIGHT: tl.constexpr, NORMALIZED: tl.constexpr, SUM: tl.constexpr
+    table,
+    count,
+    power,
+    divide,
+    eps: tl.float64,
+    WEIGHT: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SUM: tl.constexpr,
 ):
     """σ = ‖t‖²/max(‖t‖, eps), v = t/max(‖t‖, eps) and, with ``divide``, Ŵ = W/σ; without ``power`` σ = uᵀr."""
     COLUMNS: tl.constexpr = 256
@@ -297,8 +310,8 @@ def spectral_norm_forward_scale_kernel(
         sigma /= length
         for start in range(block * COLUMNS, columns, blocks * COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            v = (tl.load(t + column, mask=column < columns) / length).to(SUM).to(WEIGHT)
-            tl.store(v_new.to(tl.pointer_type(WEIGHT)) + _element(column, columns, inner), v, mask=column < columns)
+            v = (tl.load(t + column, mask=column < columns) / length).to(SUM).to(VECTOR)
+            tl.store(v_new.to(tl.pointer_type(VECTOR)) + _element(column, columns, inner), v, mask=column < columns)
     sigma = sigma.to(SUM)
     if block == 0:
         tl.store(sigma_new.to(tl.pointer_type(SUM)), sigma)
