@@ -73,7 +73,8 @@ def check(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "out", "iterations"), [*((*types, 1) for types in DTYPES), *((*DTYPES[0], n) for n in (0, 3)), (*DTYPES[-1], 3)]
+    ("dtype", "out", "iterations"),
+    [*((*types, 1) for types in DTYPES), *((*DTYPES[0], n) for n in (0, 3)), (*DTYPES[-1], 3)],
 )
 def test_forward_and_backward_against_float64(dtype: torch.dtype, out: torch.dtype, iterations: int) -> None:
     check(*draw(SHAPES, dtype), out, iterations)
