@@ -343,8 +343,8 @@ def _dot(
     products = tl.zeros([FLAT], SUM)
     for start in range(block * BLOCK_ROWS * columns, end, FLAT):
         i = start + tl.arange(0, FLAT)
-        w = tl.load(weight + i, mask=i < end, other=0.0)
         g = tl.load(gradient + i, mask=i < end, other=0.0)
+        w = tl.load(weight + i, mask=i < end, other=0.0)
         products += g.to(SUM) * w.to(SUM)
     return tl.sum(products).to(tl.float64)
 
