@@ -5,6 +5,7 @@
 fallback. What ran is recorded: see ``record``.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,28 @@ def native_cpu(*dtypes: torch.dtype) -> WhyNot:
             return f"it serves tensors on the CPU, not on {device.type}"
         if dtype not in dtypes:
             return f"it serves {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {dtype}"
+        return None
+
+    return why_not
+
+
+def triton(*dtypes: torch.dtype) -> WhyNot:
+    """The rule of a Triton kernel that serves tensors on a CUDA device in the given dtypes.
+
+    With ``TRITON_INTERPRET=1`` in the environment Triton interprets its kernels, and they serve tensors on the CPU too.
+    """
+
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability < (8, 0):
+                return f"it serves compute capability 8.0 and newer, not {capability[0]}.{capability[1]}"
+        elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it serves tensors on a CUDA device, not on {device.type}"
+        if dtype not in dtypes:
+            return f"it serves {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {dtype}"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; run: pip install triton"
         return None
 
     return why_not

@@ -1,0 +1,1 @@
+"""Triton kernels, one file of kernels and one of launches for each operation. Imported where dispatch chose them."""
