@@ -24,9 +24,9 @@ namespace {
 
 // ---- sizes ----
 
-// 8 warps: a warp takes a row of W at a time, or 1/8 of the sum over row blocks. With 64 registers a thread, 4 blocks share an SM.
+// 8 warps: a warp takes a row of W at a time, or 1/8 of the sum over row blocks. At least 3 blocks share an SM (80 registers a thread).
 constexpr int warp_size = 32, warps = 8, threads = warps * warp_size;
-constexpr int resident_blocks = 4;
+constexpr int resident_blocks = 3;
 constexpr int vector_bytes = 16;              // the widest access
 constexpr int max_rows_per_block = warp_size;  // a lane holds an element of r_b
 constexpr int columns_per_block = warp_size;   // of `columns`: a lane holds a column
