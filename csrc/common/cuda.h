@@ -67,20 +67,4 @@ struct f16 {
     __device__ operator float() const { return f16_value(bits); }
 };
 
-// The value of another lane, for a whole warp: of lane ^ lane_mask, of lane + delta (own value past the end), of `lane`.
-template <typename T>
-__device__ T shuffle_xor(T value, int lane_mask) {
-    return __shfl_xor_sync(0xffffffffu, value, lane_mask);
-}
-
-template <typename T>
-__device__ T shuffle_down(T value, unsigned delta) {
-    return __shfl_down_sync(0xffffffffu, value, delta);
-}
-
-template <typename T>
-__device__ T shuffle(T value, int lane) {
-    return __shfl_sync(0xffffffffu, value, lane);
-}
-
 }  // namespace sabmn

@@ -1,12 +1,11 @@
 // Asks the CUDA runtime which devices there are, and whether this binary holds code that each of them can run.
 
-#include <cuda_runtime.h>
-
+#include "common/cuda.h"
 #include "common/device.h"
 
 namespace sabmn {
 
-// Never launched: its attributes can be read only where the binary holds code for the device.
+// Launched by its test alone: its attributes can be read only where the binary holds code for the device.
 __global__ void device_probe_kernel() {}
 
 CudaReport cuda_report() {

@@ -1,5 +1,5 @@
-// The instructions that CUDA C++ has no name for: one thin function each, so that little can hide in them.
-// csrc/simt/ptx.h holds the same functions in plain C++; PTX ISA 8.x names each operand's place.
+// Warp shuffles, and the instructions that CUDA C++ has no name for: one thin function each, so that little can hide in
+// them. csrc/simt/ptx.h holds the same functions in plain C++.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,22 @@ __device__ inline std::uint32_t pack(float low, float high) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     }
     return both;
+}
+
+// The value of another lane, for a whole warp: of lane ^ lane_mask, of lane + delta (own value past the end), of `lane`.
+template <typename T>
+__device__ T shuffle_xor(T value, int lane_mask) {
+    return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+template <typename T>
+__device__ T shuffle_down(T value, unsigned delta) {
+    return __shfl_down_sync(0xffffffffu, value, delta);
+}
+
+template <typename T>
+__device__ T shuffle(T value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
 }
 
 // 16 bytes from global to shared memory, in flight until a cp_async_wait; both addresses are multiples of 16. Of `bytes`
