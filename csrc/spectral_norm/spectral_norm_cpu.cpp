@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "common/half.h"
+#include "common/stream.h"
 
 namespace sabmn {
 namespace SABMN_ISA {
@@ -20,10 +21,12 @@ namespace {
 
 using std::int64_t;
 
-// Half of the smallest second-level cache in use, so that a block is still there when it is read again.
-constexpr int64_t block_bytes = 128 << 10;
+// A block is to be in the second-level cache still when it is read again.
+constexpr int64_t block_bytes = 256 << 10;
 // Outputs of more than this are written past the caches, which could not keep them until they are read.
 constexpr int64_t streaming_bytes = 16 << 20;
+// Weights of so many blocks in all are worked on together; more would push one another out of the last-level cache.
+constexpr int64_t blocks_together = 16;
 constexpr int row_group = 4;  // rows that share one reading of a vector
 
 int64_t rows_per_block(int64_t columns, int64_t element_bytes) {
@@ -44,19 +47,21 @@ struct alignas(64) Progress {
 };
 
 // work(weight, stage, block) for every block, and finish(weight, stage) after the last block of a stage, which all blocks of the
-// weight's next stage wait for. With several threads two weights take turns, so that hardly ever one has to wait.
+// weight's next stage wait for. With several threads short weights take turns, so that hardly ever one has to wait.
 template <typename Blocks, typename Work, typename Finish>
 void run_stages(int64_t count, int stages, Progress* progress, int threads, const Blocks& blocks, const Work& work,
                 const Finish& finish) {
-    const int64_t together = threads > 1 ? 2 : 1;
+    const int64_t most_together = threads > 1 ? blocks_together : 1;
     int64_t taken = 0;
     for (int64_t i = 0; i < count; ++i) progress[i] = Progress();
 #pragma omp parallel num_threads(threads)
     {
         int64_t first = 0;  // of the blocks of (weight, stage), in the order of all
         int64_t mine = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
-        for (int64_t begin = 0; begin < count; begin += together) {
-            const int64_t end = begin + together < count ? begin + together : count;
+        for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+            int64_t together = 0;
+            do together += blocks(end++);
+            while (end < count && together + blocks(end) <= most_together);
             for (int stage = 0; stage < stages; ++stage) {
                 for (int64_t weight = begin; weight < end; ++weight) {
                     const int64_t size = blocks(weight);
@@ -66,7 +71,9 @@ void run_stages(int64_t count, int stages, Progress* progress, int threads, cons
                         for (int spins = 0; __atomic_load_n(&state.stage, __ATOMIC_ACQUIRE) < stage; ++spins) {
                             if (spins > 1000) sched_yield();
                         }
-                        work(weight, stage, mine - first);
+                        // Every second stage goes backwards: what was read last is in the nearest cache.
+                        const int64_t position = mine - first;
+                        work(weight, stage, stage % 2 ? size - 1 - position : position);
                         if (__atomic_add_fetch(&state.done, 1, __ATOMIC_ACQ_REL) == size) {
                             finish(weight, stage);
                             state.done = 0;
@@ -184,6 +191,31 @@ double inner_product(const O* a, const T* b, int64_t rows, int64_t columns) {
     return sum;
 }
 
+// out[i] = value(i), past the caches where it is asked for
+template <typename O, typename Value>
+void write(O* out, int64_t n, bool streaming, const Value& value) {
+    if (!streaming) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) narrow(value(i), out[i]);
+        return;
+    }
+    constexpr int64_t tile = 1024;
+    alignas(64) O buffer[tile];
+    for (int64_t first = 0; first < n; first += tile) {
+        const int64_t size = first + tile < n ? tile : n - first;
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) narrow(value(first + i), buffer[i]);
+        stream(out + first, buffer, size * static_cast<int64_t>(sizeof(O)));
+    }
+}
+
+template <typename Matrix>
+bool is_streaming(const Matrix* matrices, int64_t count, int64_t element_bytes) {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; ++i) bytes += matrices[i].rows * matrices[i].columns * element_bytes;
+    return bytes > streaming_bytes;
+}
+
 // ---- forward ----
 
 // a ← source in the order of memory
@@ -203,6 +235,7 @@ struct Forward {
     S* sigma;
     int iterations;
     double eps;
+    bool streaming;
 
     void power_iteration(int64_t index, int64_t block) const {
         const SpectralNormForwardMatrix& m = matrices[index];
@@ -271,8 +304,8 @@ struct Forward {
         const T* w = static_cast<const T*>(m.weight) + first * m.columns;
         O* out = static_cast<O*>(m.normalized) + first * m.columns;
         const S factor = 1 / sigma[m.index];
-#pragma omp simd
-        for (int64_t i = 0; i < rows * m.columns; ++i) narrow(widen(w[i]) * factor, out[i]);
+        write(out, rows * m.columns, streaming, [=](int64_t i) { return widen(w[i]) * factor; });
+        stream_fence();
     }
 };
 
@@ -284,6 +317,7 @@ struct Backward {
     const SpectralNormBackwardMatrix* matrices;
     const Workspace<S>* workspaces;
     const S* sigma;
+    bool streaming;
 
     void inner(int64_t index, int64_t block) const {
         const SpectralNormBackwardMatrix& m = matrices[index];
@@ -303,7 +337,7 @@ struct Backward {
         workspaces[index].sum[0] = sum / static_cast<double>(sigma[m.index]);
     }
 
-    void write(int64_t index, int64_t block) const {
+    void subtract(int64_t index, int64_t block) const {
         const SpectralNormBackwardMatrix& m = matrices[index];
         const int64_t size = rows_per_block(m.columns, sizeof(T)), first = block * size;
         const int64_t rows = first + size < m.rows ? size : m.rows - first;
@@ -313,9 +347,9 @@ struct Backward {
             const O* g = static_cast<const O*>(m.gradient) + row * m.columns;
             T* out = static_cast<T*>(m.weight_gradient) + row * m.columns;
             const S factor = static_cast<S>(workspaces[index].sum[0] * static_cast<double>(widen(static_cast<const T*>(m.u)[row])));
-#pragma omp simd
-            for (int64_t i = 0; i < m.columns; ++i) narrow((widen(g[i]) - factor * v[i]) * inverse, out[i]);
+            write(out, m.columns, streaming, [=](int64_t i) { return (widen(g[i]) - factor * v[i]) * inverse; });
         }
+        stream_fence();
     }
 };
 
@@ -347,7 +381,8 @@ template <typename T, typename O>
 void forward(const SpectralNormForwardMatrix* matrices, int64_t count, void* sigma, int iterations, double eps,
              void* workspace, int threads) {
     const Layout<T, SpectralNormForwardMatrix> layout(matrices, count, static_cast<char*>(workspace), threads);
-    const Forward<T, O> pass = {matrices, layout.workspaces, static_cast<Wide<T>*>(sigma), iterations, eps};
+    const Forward<T, O> pass = {matrices, layout.workspaces, static_cast<Wide<T>*>(sigma), iterations, eps,
+                                is_streaming(matrices, count, sizeof(O))};
     const int last = iterations > 0 ? iterations : 1;
     run_stages(
         count, last + 1, layout.progress, threads,
@@ -368,7 +403,8 @@ void forward(const SpectralNormForwardMatrix* matrices, int64_t count, void* sig
 template <typename T, typename O>
 void backward(const SpectralNormBackwardMatrix* matrices, int64_t count, const void* sigma, void* workspace, int threads) {
     const Layout<T, SpectralNormBackwardMatrix> layout(matrices, count, static_cast<char*>(workspace), threads);
-    const Backward<T, O> pass = {matrices, layout.workspaces, static_cast<const Wide<T>*>(sigma)};
+    const Backward<T, O> pass = {matrices, layout.workspaces, static_cast<const Wide<T>*>(sigma),
+                                 is_streaming(matrices, count, sizeof(T))};
     run_stages(
         count, 2, layout.progress, threads,
         [=](int64_t index) { return blocks_of(matrices[index].rows, matrices[index].columns, sizeof(T)); },
@@ -376,7 +412,7 @@ void backward(const SpectralNormBackwardMatrix* matrices, int64_t count, const v
             if (stage == 0) {
                 pass.inner(index, block);
             } else {
-                pass.write(index, block);
+                pass.subtract(index, block);
             }
         },
         [=](int64_t index, int stage) {

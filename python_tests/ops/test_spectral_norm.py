@@ -9,9 +9,11 @@ from torch import Tensor
 
 from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
+from sabmn_ext.ops.cpu.buffers import KEPT_CALLS, Buffers
 from sabmn_ext.ops.spectral_norm import spectral_norm
 
-SHAPES = [(1, 1), (3, 5), (7, 1, 3, 3), (1, 17), (65, 33), (130, 3, 5, 5), (31, 129)]
+SHAPES = [(1, 1), (3, 5), (7, 1, 3, 3), (1, 17), (19, 1), (65, 33), (130, 3, 5, 5), (31, 129)]
+LONG = [(701, 37, 3, 3), (2, 150_001)]  # several blocks of rows, and rows longer than a block
 # of the weights and of the normalised weights
 DTYPES = [
     (torch.float32, torch.float32),
@@ -44,7 +46,8 @@ def draw(
 def test_forward_and_backward_against_float64(
     dtype: torch.dtype, out: torch.dtype, backend: str, iterations: int, seed: int
 ) -> None:
-    weights, u, v = draw(SHAPES, dtype, seed)
+    shapes = SHAPES + LONG * (seed == 0)
+    weights, u, v = draw(shapes, dtype, seed)
     # Near the singular vectors, as in a network: with others σ may vanish, and everything is ill-conditioned.
     iterated = [reference.spectral_norm(*matrix, 2) for matrix in zip(weights, u, v, strict=True)]
     u, v = [left for _, left, _, _ in iterated], [right for _, _, right, _ in iterated]
@@ -53,7 +56,7 @@ def test_forward_and_backward_against_float64(
         normalized, u_new, v_new, sigma = spectral_norm(
             weights, u, v, n_power_iterations=iterations, dtype=out, backend=backend
         )
-        cotangents, *_ = draw(SHAPES, out, seed + 1000)
+        cotangents, *_ = draw(shapes, out, seed + 1000)
         gradients = torch.autograd.grad(normalized, weights, cotangents)
     assert calls == [("spectral_norm_forward", backend), ("spectral_norm_backward", backend)]
 
@@ -89,17 +92,22 @@ def test_every_instruction_set(isa: str) -> None:
 
 @needs_native
 def test_threads_do_not_change_a_bit() -> None:
-    weights, u, v = draw(SHAPES * 3, torch.float32, 3)
+    weights, u, v = draw(SHAPES * 3 + LONG, torch.float32, 3)
+    gradients, *_ = draw(SHAPES * 3 + LONG, torch.float32, 103)
     threads = torch.get_num_threads()
     results = []
     try:
-        for n in (1, 2):
+        for n in (1, 2, 5):
             torch.set_num_threads(n)
-            results.append(spectral_norm(weights, u, v, backend="cpu"))
+            weights = [w.detach().requires_grad_() for w in weights]
+            normalized, u_new, v_new, sigma = spectral_norm(weights, u, v, n_power_iterations=2, backend="cpu")
+            weight_gradients = torch.autograd.grad(normalized, weights, gradients)
+            results.append([*normalized, *u_new, *v_new, sigma, *weight_gradients])
     finally:
         torch.set_num_threads(threads)
-    for one, two in zip(*[result[0] for result in results], strict=True):
+    for one, two, five in zip(*results, strict=True):
         assert torch.equal(one, two)
+        assert torch.equal(one, five)
 
 
 @needs_native
@@ -113,15 +121,83 @@ def test_a_fresh_python_thread_may_call() -> None:
     assert torch.equal(results[0], expected)
 
 
+LAYOUTS = {
+    "channels_last": lambda w: w.to(memory_format=torch.channels_last),
+    "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced": lambda w: torch.cat([w, w], dim=1)[:, : w.shape[1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "torch"])
-def test_channels_last_weights_keep_their_format(backend: str) -> None:
-    weights, u, v = draw([(6, 5, 3, 3)], torch.float32, 5)
-    last = weights[0].to(memory_format=torch.channels_last).requires_grad_()
-    ours = spectral_norm([last], u, v, backend=backend)[0][0]
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(ours, spectral_norm(weights, u, v, backend=backend)[0][0], atol=1e-6)
-    (gradient,) = torch.autograd.grad(ours.square().sum(), last)
-    assert gradient.stride() == last.stride()
+def test_any_layout_of_weights_and_gradients(backend: str, layout: str) -> None:
+    weights, u, v = draw([(6, 5, 3, 2), (130, 33, 3, 3)], torch.float32, 5)
+    cotangents, *_ = draw([(6, 5, 3, 2), (130, 33, 3, 3)], torch.float32, 6)
+    expected_inputs = [w.clone().requires_grad_() for w in weights]
+    expected = spectral_norm(expected_inputs, u, v, n_power_iterations=2, backend=backend)
+    expected_gradients = torch.autograd.grad(expected[0], expected_inputs, cotangents)
+    inputs = [LAYOUTS[layout](w).requires_grad_() for w in weights]
+    ours = spectral_norm(inputs, u, v, n_power_iterations=2, backend=backend)
+    for i, cotangent in enumerate(cotangents):
+        assert not inputs[i].is_contiguous()
+        assert ours[0][i].stride() == torch.empty_like(inputs[i]).stride()
+        for mine, theirs in zip((ours[0][i], ours[1][i], ours[2][i]), (expected[k][i] for k in range(3)), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-6)
+        for given in (cotangent, LAYOUTS[layout](cotangent)):
+            (gradient,) = torch.autograd.grad(ours[0][i], inputs[i], given, retain_graph=True)
+            assert torch.allclose(gradient, expected_gradients[i], atol=1e-6)
+
+
+@needs_native
+def test_channels_last_3d_weights() -> None:
+    weights, u, v = draw([(6, 5, 3, 2, 4)], torch.float64, 7)
+    last = weights[0].to(memory_format=torch.channels_last_3d)
+    ours, expected = (spectral_norm([w], u, v, backend="cpu") for w in (last, weights[0]))
+    for k in range(3):
+        assert torch.allclose(ours[k][0], expected[k][0], atol=1e-14)
+
+
+@needs_native
+def test_outputs_use_the_memory_of_released_ones() -> None:
+    shape = (301, 257)  # of no other test
+    weights, u, v = draw([shape], torch.float32, 8)
+    weight = weights[0].requires_grad_()
+
+    def run() -> Tensor:
+        return spectral_norm([weight], u, v, backend="cpu")[0][0]
+
+    first, second = run(), run()
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, second)
+    kept = second.detach()  # the memory stays in use when the graph is gone
+    addresses = {first.data_ptr(), second.data_ptr()}
+    del second
+    loss = first.square().sum()  # saves `first` in the graph
+    address = first.data_ptr()
+    del first
+    third = run()
+    assert third.data_ptr() not in addresses
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.data_ptr() == address  # what backward has done with serves the gradient already
+    del loss, gradient
+    assert run().data_ptr() == address
+    assert torch.equal(kept, third)
+
+
+@needs_native
+def test_unused_memory_is_given_back() -> None:
+    buffers = Buffers()
+    large, small = torch.empty(300, 301), torch.empty(5, 5)
+    alive = buffers.empty_like([large, small], torch.float32)
+    assert alive[0].data_ptr() % 64 == 0
+    buffers.empty_like([large], torch.float32)
+    assert len(buffers) == 2
+    for _ in range(KEPT_CALLS):
+        buffers.empty_like([small], torch.float32)
+    assert len(buffers) == 1  # the one that is alive
+    del alive
+    buffers.empty_like([small], torch.float32)
+    assert len(buffers) == 0
 
 
 def test_gradcheck_and_gradgradcheck() -> None:
@@ -134,6 +210,36 @@ def test_gradcheck_and_gradgradcheck() -> None:
     inputs = [w.requires_grad_() for w in weights]
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_groups_are_nodes_of_their_own() -> None:
+    weights, u, v = draw([(3, 4), (5, 2), (2, 6), (4, 4)], torch.float64, 20)
+    weights = [w.requires_grad_() for w in weights]
+    order = []
+    for i, weight in enumerate(weights):
+        weight.register_hook(lambda gradient, i=i: order.append(i))
+    with dispatch.record() as calls:
+        normalized, u_new, _, sigma = spectral_norm(weights, u, v, group_bytes=8 * 24)  # 12 + 10, 12, 16 values
+        arrived = []
+        for i in (0, 2):
+            normalized[i].register_hook(lambda gradient, i=i: arrived.append((i, list(order))))
+        # The graph runs backwards from the last weight; a group's gradients are there before the next ones are used.
+        x = torch.ones(())
+        for n in normalized:
+            x = (x * n).sum().sin()
+        x.backward()
+    assert [name for name, _ in calls] == ["spectral_norm_forward"] * 3 + ["spectral_norm_backward"] * 3
+    assert arrived == [(2, [3]), (0, [3, 2])]
+    exact = [w.detach().clone().requires_grad_() for w in weights]
+    one = spectral_norm(exact, u, v)
+    x = torch.ones(())
+    for n in one[0]:
+        x = (x * n).sum().sin()
+    x.backward()
+    for i in range(4):
+        assert torch.allclose(weights[i].grad, exact[i].grad, atol=1e-14)
+        assert torch.equal(u_new[i], one[1][i])
+    assert torch.equal(sigma, one[3])
 
 
 def test_unused_weights_have_no_gradient() -> None:
@@ -213,13 +319,24 @@ def test_clear_errors() -> None:
         spectral_norm(weights, u, v, backend="gpu")
 
 
-@needs_native
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
-def test_scales_far_from_one(scale: float) -> None:
-    weights, u, v = draw([(33, 65)], torch.float32, 13)
-    ours = spectral_norm([weights[0] * scale], u, v, backend="cpu")[0][0]
-    exact = reference.spectral_norm(weights[0].double() * scale, u[0].double(), v[0].double())[0]
-    assert torch.allclose(ours.double(), exact, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "torch"])
+def test_scales_far_from_one(backend: str, dtype: torch.dtype, scale: float) -> None:
+    # Below eps torch clamps, so the results are not those of scale 1; float64 has the same clamp.
+    weights, u, v = draw([(33, 65), (701, 37, 3, 3)], dtype, 13)
+    weights = [(w * scale).requires_grad_() for w in weights]
+    cotangents, *_ = draw([(33, 65), (701, 37, 3, 3)], dtype, 14)
+    normalized, u_new, v_new, sigma = spectral_norm(weights, u, v, backend=backend)
+    gradients = torch.autograd.grad(normalized, weights, cotangents)
+    for i, weight in enumerate(weights):
+        exact_weight = weight.detach().double().requires_grad_()
+        exact = reference.spectral_norm(exact_weight, u[i].double(), v[i].double())
+        (exact_gradient,) = torch.autograd.grad(exact[0], exact_weight, cotangents[i].double())
+        ours = (normalized[i], u_new[i], v_new[i], sigma[i], gradients[i])
+        for mine, theirs in zip(ours, (*exact, exact_gradient), strict=True):
+            theirs = theirs.detach()
+            assert (mine.detach() - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @needs_native

@@ -48,6 +48,9 @@ class Buffers:
             self._give_back()
         return results
 
+    def __len__(self) -> int:
+        return sum(len(buffers) for buffers in self._buffers.values())
+
     def _empty_like(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         nbytes = tensor.numel() * dtype.itemsize
         if nbytes < MIN_BYTES:
