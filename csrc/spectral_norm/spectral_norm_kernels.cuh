@@ -32,7 +32,7 @@ constexpr int max_rows_per_block = warp_size;  // a lane holds an element of r_b
 constexpr int columns_per_block = warp_size;   // of `columns`: a lane holds a column
 constexpr int values_bytes = 64 * threads;     // of W in a block of `scale` and `dot`: each thread has 64 bytes in flight
 constexpr int staged_bytes = 18 << 10;         // of v in shared memory at a time: a ResNet's widest row, 4608 floats
-constexpr int group_capacity = 128;
+constexpr int group_capacity = 64;             // of weights; a launch is sent the whole table, so it is kept short
 
 // What is summed and stored between launches.
 template <typename T>
