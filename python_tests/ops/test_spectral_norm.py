@@ -1,6 +1,7 @@
 """Spectral normalisation of a batch of weights: against float64, through every transformation of torch."""
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -74,20 +75,44 @@ def test_forward_and_backward_against_float64(
         assert gradients[i].abs().max() > 0 or weight.numel() == 1
 
 
-@needs_native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    native = _native.module
-    before = native.isa()
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    if _native.module is None:
+        pytest.skip(_native.missing_reason)
+    before = _native.module.isa()
     try:
-        native.set_isa(isa)
+        _native.module.set_isa(request.param)
     except ValueError as error:
         pytest.skip(str(error))
-    try:
-        for dtype, out in DTYPES:
-            test_forward_and_backward_against_float64(dtype, out, "cpu", 1, seed=2)
-    finally:
-        native.set_isa(before)
+    yield request.param
+    _native.module.set_isa(before)
+
+
+@pytest.mark.parametrize(("dtype", "out"), DTYPES)
+def test_every_instruction_set(instruction_set: str, dtype: torch.dtype, out: torch.dtype) -> None:
+    test_forward_and_backward_against_float64(dtype, out, "cpu", 1, seed=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversions_are_exact(instruction_set: str, dtype: torch.dtype) -> None:
+    def divided_by_one(row: Tensor, out: torch.dtype) -> Tensor:
+        # The first element is 1, and with u = 1 and v = (1, 0, …) it is σ.
+        v = torch.zeros_like(row)
+        v[0] = 1
+        weight = torch.cat([torch.ones_like(row[:1]), row[1:]])[None]
+        ones = torch.ones_like(row[:1])
+        return spectral_norm([weight], [ones], [v], n_power_iterations=0, dtype=out, backend="cpu")[0][0][0, 1:]
+
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    assert torch.equal(divided_by_one(every, dtype).view(torch.int16), every[1:].view(torch.int16))
+    # All values, all halfway points, and their float32 neighbours; then what overflows and what vanishes.
+    values = every.double().sort().values
+    halfway = torch.cat([values, (values + values.roll(-1)) / 2]).float()
+    far = torch.tensor([65519.9, 65520.0, 65536.0, 1e30, 1e-30, 2.98e-8, 2.9802322e-8, 5.96e-8, 1e-45])
+    row = torch.cat([halfway, torch.nextafter(halfway, halfway + 1), torch.nextafter(halfway, halfway - 1), far, -far])
+    row = row[row.isfinite() & (row.abs() < torch.finfo(torch.float32).max / 2)]
+    assert torch.equal(divided_by_one(row, dtype).view(torch.int16), row[1:].to(dtype).view(torch.int16))
 
 
 @needs_native
@@ -281,7 +306,7 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(ops.spectral_norm_forward, (weights, u, v, 1, 1e-12, ["a", "b"], None, backend))
     gradients = [torch.randn_like(w) for w in weights]
     sigma = torch.rand(2) + 1
-    torch.library.opcheck(ops.spectral_norm_backward, (gradients, weights, u, v, sigma, backend))
+    torch.library.opcheck(ops.spectral_norm_backward, (gradients, weights, torch.cat(u), torch.cat(v), sigma, backend))
 
 
 def test_compile_fullgraph() -> None:

@@ -6,6 +6,7 @@ kernels are called in ``ops/cpu/``, ``ops/cuda/`` and ``ops/triton/``.
 
 import importlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ Tensors = Sequence[Tensor]
 _library = torch.library.Library("sabmn_ext", "FRAGMENT")
 _library.define(
     "spectral_norm_forward(Tensor[] weights, Tensor[] u, Tensor[] v, int n_power_iterations, float eps, str[] names, "
-    "ScalarType? dtype, str backend) -> (Tensor[], Tensor[], Tensor[], Tensor)"
+    "ScalarType? dtype, str backend) -> (Tensor[], Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "spectral_norm_backward(Tensor[] gradients, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma, str backend) "
+    "spectral_norm_backward(Tensor[] gradients, Tensor[] weights, Tensor u, Tensor v, Tensor sigma, str backend) "
     "-> Tensor[]"
 )
+# The u that an op makes are one tensor, those of all weights one after the other, and so are the v.
 for _operation in ("spectral_norm_forward", "spectral_norm_backward"):
     dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
 
@@ -75,33 +77,52 @@ def spectral_norm(
             f"weights, u and v have {len(weights)}, {len(u)} and {len(v)} tensors; expected the same number"
         )
     names = list(names) or [f"weights[{i}]" for i in range(len(weights))]
-    first = weights[0]
+    kind, device = weights[0].dtype, weights[0].device
     for weight, left, right, name in zip(weights, u, v, names, strict=True):
         if weight.dim() < 2 or not weight.is_floating_point():
             raise ValueError(
                 f"{name} is {list(weight.shape)} {weight.dtype}; expected a floating tensor of two dimensions or more"
             )
-        if any(t.dtype != first.dtype or t.device != first.device for t in (weight, left, right)):
+        alike = weight.dtype == left.dtype == right.dtype == kind
+        if not (alike and weight.device == left.device == right.device == device):
             raise ValueError(
                 f"{name}, its u and v are {weight.dtype}, {left.dtype}, {right.dtype} on {weight.device}, "
-                f"{left.device}, {right.device}; expected {first.dtype} on {first.device}, as {names[0]}"
+                f"{left.device}, {right.device}; expected {kind} on {device}, as {names[0]}"
             )
-        rows = weight.shape[0]
-        if left.shape != (rows,) or right.shape != (weight.numel() // max(rows, 1),):
+        rows, columns = _sizes(weight)
+        if left.shape != (rows,) or right.shape != (columns,):
             raise ValueError(
-                f"{name} is {list(weight.shape)}, so u has [{rows}] and v [{weight.numel() // max(rows, 1)}] elements; "
+                f"{name} is {list(weight.shape)}, so u has [{rows}] and v [{columns}] elements; "
                 f"given {list(left.shape)} and {list(right.shape)}"
             )
-    if dtype not in (None, first.dtype) and not (first.dtype == torch.float32 and dtype in _HALF):
-        raise ValueError(f"dtype is {dtype} for weights of {first.dtype}; expected the same, or 16 bits for float32")
-    parts = []
+    if dtype not in (None, kind) and not (kind == torch.float32 and dtype in _HALF):
+        raise ValueError(f"dtype is {dtype} for weights of {kind}; expected the same, or 16 bits for float32")
+    normalized: list[Tensor] = []
+    vectors = []  # u, v and σ of each group
     for begin, end in _groups(weights, group_bytes):
-        n = end - begin
-        tensors = (*weights[begin:end], *u[begin:end], *v[begin:end])
-        outputs = _SpectralNorm.apply(n, n_power_iterations, eps, names[begin:end], dtype, backend or "", *tensors)
-        parts.append((outputs[:n], outputs[n : 2 * n], outputs[2 * n : 3 * n], outputs[-1]))
-    normalized, u_new, v_new = ([t for part in parts for t in part[k]] for k in range(3))
-    return normalized, u_new, v_new, parts[0][3] if len(parts) == 1 else torch.cat([part[3] for part in parts])
+        tensors = (weights[begin:end], u[begin:end], v[begin:end])
+        options = (n_power_iterations, eps, names[begin:end], dtype, backend or "")
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(w.requires_grad for w in tensors[0])):
+            # Where no gradient is needed, the compiler inlines the Function, and fails on its varying arity.
+            outputs, *made = torch.ops.sabmn_ext.spectral_norm_forward(*tensors, *options)
+        else:
+            *outputs, left, right, sigma = _SpectralNorm.apply(end - begin, *options, *chain(*tensors))
+            made = [left, right, sigma]
+        normalized += outputs
+        vectors.append(made)
+    u_new, v_new, sigma = map(torch.cat, zip(*vectors, strict=True)) if len(vectors) > 1 else vectors[0]
+    return normalized, _split(u_new, weights, 0), _split(v_new, weights, 1), sigma
+
+
+def _sizes(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns of a weight's matrix."""
+    rows = weight.shape[0]
+    return rows, weight.numel() // max(rows, 1)
+
+
+def _split(vectors: Tensor, weights: Tensors, side: int) -> list[Tensor]:
+    """The u (``side`` 0) or v (1) of each weight, as views of the tensor that holds them one after the other."""
+    return list(vectors.split([_sizes(weight)[side] for weight in weights]))
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -136,7 +157,7 @@ class _SpectralNorm(torch.autograd.Function):
         normalized, u_new, v_new, sigma = torch.ops.sabmn_ext.spectral_norm_forward(
             weights, u, v, n_power_iterations, eps, names, dtype, backend
         )
-        return (*normalized, *u_new, *v_new, sigma)
+        return (*normalized, u_new, v_new, sigma)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -148,23 +169,23 @@ class _SpectralNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         n = ctx.count
-        *saved, sigma = ctx.saved_tensors
+        *weights, u, v, sigma = ctx.saved_tensors
         used = [i for i in range(n) if gradients[i] is not None and ctx.needs_input_grad[6 + i]]
         results: list[Tensor | None] = [None] * n
         if used:
             if len(used) < n:
+                u, v = (torch.cat([_split(t, weights, k)[i] for i in used]) for k, t in enumerate((u, v)))
                 sigma = torch.stack([sigma[i] for i in used])
-            weights, u, v = ([saved[k * n + i] for i in used] for k in range(3))
-            used_gradients = [gradients[i] for i in used]
+            used_weights, used_gradients = [weights[i] for i in used], [gradients[i] for i in used]
             if torch.compiler.is_compiling():
                 # The compiler cannot call a Function of varying arity in here; compiled graphs refuse second
                 # derivatives by themselves, so nothing is lost.
                 weight_gradients = torch.ops.sabmn_ext.spectral_norm_backward(
-                    used_gradients, weights, u, v, sigma, ctx.backend
+                    used_gradients, used_weights, u, v, sigma, ctx.backend
                 )
             else:
                 weight_gradients = _SpectralNormBackward.apply(
-                    len(used), ctx.backend, *used_gradients, *weights, *u, *v, sigma
+                    len(used), ctx.backend, *used_gradients, *used_weights, u, v, sigma
                 )
             for i, gradient in zip(used, weight_gradients, strict=True):
                 results[i] = gradient
@@ -178,10 +199,8 @@ class _SpectralNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(count: int, backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        gradients, weights, u, v = (tensors[k * count : (k + 1) * count] for k in range(4))
-        return tuple(
-            torch.ops.sabmn_ext.spectral_norm_backward(gradients, weights, u, v, tensors[-1], backend)
-        )
+        gradients, weights, vectors = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        return tuple(torch.ops.sabmn_ext.spectral_norm_backward(gradients, weights, *vectors, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -192,8 +211,9 @@ class _SpectralNormBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         n = ctx.count
-        saved = ctx.saved_tensors
-        gradients, weights, u, v = (saved[k * n : (k + 1) * n] for k in range(4))
+        *matrices, all_u, all_v = ctx.saved_tensors
+        gradients, weights = matrices[:n], matrices[n:]
+        u, v = _split(all_u, weights, 0), _split(all_v, weights, 1)
         results: list[Tensor | None] = [None] * (2 * n)
         for i, cotangent in enumerate(cotangents):
             if cotangent is not None:
@@ -204,7 +224,7 @@ class _SpectralNormBackward(torch.autograd.Function):
                     weights[i],
                 )[1]
                 results[i], results[n + i] = pull_back(cotangent)
-        return (None, None, *results, *[None] * (2 * n), None)
+        return (None, None, *results, None, None, None)
 
 
 # ---- the ops themselves (private: a direct call has no gradient) ----
@@ -235,10 +255,12 @@ def _empty_like(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty_like(t, dtype=dtype) for t in tensors]
 
 
-def _like(tensor: Tensor, model: Tensor) -> Tensor:
-    """``tensor`` in the memory format of ``model``."""
-    expected = torch.empty_like(model, dtype=tensor.dtype)
-    return tensor if expected.stride() == tensor.stride() else expected.copy_(tensor)
+def _like(results: Tensors, weights: Tensors) -> list[Tensor]:
+    """``results`` in the memory format of ``weights``."""
+    return [
+        result if result.stride() == weight.stride() else torch.empty_like(weight, dtype=result.dtype).copy_(result)
+        for result, weight in zip(results, weights, strict=True)
+    ]
 
 
 def _forward(
@@ -250,7 +272,7 @@ def _forward(
     names: Sequence[str],
     dtype: torch.dtype | None,
     backend: str,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     first = weights[0]
     taken = dispatch.choose("spectral_norm_forward", backend, first.device, first.dtype)
     if taken == "torch":
@@ -258,50 +280,48 @@ def _forward(
             reference.spectral_norm(w, left, right, n_power_iterations, eps, dtype)
             for w, left, right in zip(weights, u, v, strict=True)
         ]
-        normalized, u_new, v_new = ([result[k] for result in results] for k in range(3))
+        normalized = [result[0] for result in results]
+        u_new, v_new = (torch.cat([result[k] for result in results]) for k in (1, 2))
         sigma = torch.stack([result[3] for result in results])
     else:
         dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
         normalized = _empty_like(dense, dtype or first.dtype)
         u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
-        u_new, v_new = [torch.empty_like(t) for t in u], [torch.empty_like(t) for t in v]
+        u_new, v_new = (first.new_empty(sum(t.numel() for t in vectors)) for vectors in (u, v))
         sigma = first.new_empty(len(weights), dtype=reference.wide(first.dtype))
-        _kernels(taken).forward(dense, u, v, normalized, u_new, v_new, inner, sigma, n_power_iterations, eps)
+        new = (_split(u_new, weights, 0), _split(v_new, weights, 1))
+        _kernels(taken).forward(dense, u, v, normalized, *new, inner, sigma, n_power_iterations, eps)
     if sigma.device.type == "cpu":
         check_sigma(names, sigma)
-    return [_like(n, w) for n, w in zip(normalized, weights, strict=True)], u_new, v_new, sigma
+    return _like(normalized, weights), u_new, v_new, sigma
 
 
 def check_sigma(names: Sequence[str], sigma: Tensor) -> None:
     """Raise a RuntimeError that names the weights whose σ cannot be divided by: zero, or not finite."""
-    if not bool((sigma.abs() >= torch.finfo(sigma.dtype).tiny).logical_and(sigma.isfinite()).all()):
-        for name, value in zip(names, sigma.tolist(), strict=True):
-            if not torch.finfo(sigma.dtype).tiny <= abs(value) < float("inf"):
-                raise RuntimeError(
-                    f"the largest singular value of {name} is {value}: the weight is zero, overflows or is not finite, "
-                    "so it cannot be divided by it. Initialise the layer, or exclude it from spectral normalisation"
-                )
+    tiny = torch.finfo(sigma.dtype).tiny
+    for name, value in zip(names, sigma.tolist(), strict=True):
+        if not tiny <= abs(value) < float("inf"):
+            raise RuntimeError(
+                f"the largest singular value of {name} is {value}: the weight is zero, overflows or is not finite, "
+                "so it cannot be divided by it. Initialise the layer, or exclude it from spectral normalisation"
+            )
 
 
 def _backward(
-    gradients: Tensors, weights: Tensors, u: Tensors, v: Tensors, sigma: Tensor, backend: str
+    gradients: Tensors, weights: Tensors, u: Tensor, v: Tensor, sigma: Tensor, backend: str
 ) -> list[Tensor]:
     taken = dispatch.choose("spectral_norm_backward", backend, sigma.device, weights[0].dtype)
+    vectors = (_split(u, weights, 0), _split(v, weights, 1))
     if taken == "torch":
         results = [
-            reference.spectral_norm_backward(*inputs) for inputs in zip(gradients, weights, u, v, strict=True)
+            reference.spectral_norm_backward(*inputs) for inputs in zip(gradients, weights, *vectors, strict=True)
         ]
-    else:
-        dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
-        # A gradient has to lie in memory as its weight does.
-        ordered = [
-            g if g.stride() == w.stride() else torch.empty_like(w, dtype=g.dtype).copy_(g)
-            for g, w in zip(gradients, dense, strict=True)
-        ]
-        results = _empty_like(dense, weights[0].dtype)
-        u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
-        _kernels(taken).backward(ordered, dense, u, v, inner, sigma.contiguous(), results)
-    return [_like(result, w) for result, w in zip(results, weights, strict=True)]
+        return _like(results, weights)
+    dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
+    gradients = _like(gradients, dense)
+    results = _empty_like(dense, weights[0].dtype)
+    _kernels(taken).backward(gradients, dense, *vectors, inner, sigma.contiguous(), results)
+    return _like(results, weights)
 
 
 def _forward_fake(
@@ -313,15 +333,15 @@ def _forward_fake(
     names: Sequence[str],
     dtype: torch.dtype | None,
     backend: str,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     normalized = [torch.empty_like(w, dtype=dtype) for w in weights]
-    u_new, v_new = ([torch.empty_like(t) for t in tensors] for tensors in (u, v))
+    u_new, v_new = (weights[0].new_empty(sum(t.numel() for t in vectors)) for vectors in (u, v))
     sigma = weights[0].new_empty(len(weights), dtype=reference.wide(weights[0].dtype))
     return normalized, u_new, v_new, sigma
 
 
 def _backward_fake(
-    gradients: Tensors, weights: Tensors, u: Tensors, v: Tensors, sigma: Tensor, backend: str
+    gradients: Tensors, weights: Tensors, u: Tensor, v: Tensor, sigma: Tensor, backend: str
 ) -> list[Tensor]:
     return [torch.empty_like(w) for w in weights]
 
