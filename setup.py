@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -33,6 +33,17 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-
 CUDA_TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_80", "compute_120"]
 CUDA_WHEELS = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"
 CUDA_MODE = os.environ.get("SABMN_CUDA", "auto")
+# What nvcc compiles for the GPU, and g++ for the harness that runs it on a CPU (csrc/simt/README.md).
+CUDA_SOURCES = sorted(CSRC.glob("*/*_cuda.cu"))
+SIMT_FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-omit-frame-pointer", "-fno-ipa-icf"]
+SIMT_SANITIZERS = {
+    "none": ["-O2"],
+    # object-size would stop at what AddressSanitizer reports better, with kernel, block and thread.
+    "address": [
+        *("-O1", "-fsanitize=address,undefined", "-fno-sanitize=object-size", "-fno-sanitize-recover=all", "-DSIMT_ASAN")
+    ],
+    "thread": ["-O1", "-fsanitize=thread", "-DSIMT_TSAN"],
+}
 
 
 class BuildError(Exception):
@@ -93,7 +104,7 @@ class Ninja:
         self.folder = folder
         self.lines = [
             "rule compile\n  command = $compiler -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $compiler -shared -s -fopenmp $in -o $out $libraries",
+            "rule link\n  command = $compiler $in -o $out $libraries",
         ]
 
     def compile(self, source: Path, command: "list[str]", tag: str) -> str:
@@ -101,9 +112,9 @@ class Ninja:
         self.lines.append(f"build {name}: compile {source}\n  compiler = {' '.join(command)}")
         return name
 
-    def link(self, output: Path, objects: "list[str]", cxx: str, libraries: "list[str]") -> None:
+    def link(self, output: Path, objects: "list[str]", command: "list[str]", libraries: "list[str]") -> None:
         build = f"build {output}: link {' '.join(objects)}"
-        self.lines.append(f"{build}\n  compiler = {cxx}\n  libraries = {' '.join(libraries)}")
+        self.lines.append(f"{build}\n  compiler = {' '.join(command)}\n  libraries = {' '.join(libraries)}")
 
     def run(self, *targets: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +161,7 @@ class NinjaBuild(build_ext):
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]
         defines += [f"-DSABMN_{isa.upper()}" for isa in ISAS] + [f'-DSABMN_FINGERPRINT=\'"{FINGERPRINT}"\'']
         objects.append(ninja.compile(CSRC / "bindings.cpp", compiler + python + defines, "module"))
-        ninja.link(output, objects + cuda_objects, cxx, cuda_libraries)
+        ninja.link(output, objects + cuda_objects, [cxx, "-shared", "-s", "-fopenmp"], cuda_libraries)
         ninja.run(str(output))
 
     def compile_cuda(self, ninja: Ninja, cxx: str) -> "tuple[list[str], list[str], list[str]]":
@@ -168,7 +179,7 @@ class NinjaBuild(build_ext):
             codes = [f"-gencode=arch={t.replace('sm_', 'compute_')},code={t}" for t in targets]
             command = [str(nvcc), "-std=c++17", "-O3", "-ccbin", cxx.split()[0], "-cudart", "static", f"-I{CSRC}"]
             command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
-            objects = [ninja.compile(source, command, "cuda") for source in sorted(CSRC.glob("*/*_cuda.cu"))]
+            objects = [ninja.compile(source, command, "cuda") for source in CUDA_SOURCES]
             ninja.run(*objects)
         except BuildError as error:
             if CUDA_MODE in ("1", "wheels"):
@@ -179,6 +190,39 @@ class NinjaBuild(build_ext):
         folders = [folder for folder in (root / "lib64", root / "lib") if (folder / "libcudart_static.a").exists()]
         libraries = [f"-L{folder}" for folder in folders] + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         return objects, libraries, [f"-DSABMN_CUDA_TARGETS='\"{' '.join(targets)}\"'"]
+
+
+class SimtBuild(Command):
+    """Compiles the CUDA sources and their tests (``*_simt.cpp``) for the CPU: ``build/simt/SANITIZER/tests``."""
+
+    description = "build the tests of the CUDA kernels that run on a CPU"
+    user_options = [("sanitizer=", None, f"one of {', '.join(SIMT_SANITIZERS)}")]  # noqa: RUF012  setuptools' own form
+
+    def initialize_options(self) -> None:
+        self.sanitizer = "none"
+
+    def finalize_options(self) -> None:
+        if self.sanitizer not in SIMT_SANITIZERS:
+            raise SystemExit(f"sabmn_ext: --sanitizer={self.sanitizer!r} is not one of {', '.join(SIMT_SANITIZERS)}")
+
+    def run(self) -> None:
+        flags = SIMT_SANITIZERS[self.sanitizer]
+        command = [find_cxx(), *SIMT_FLAGS, *flags, f"-I{CSRC}"]
+        # The scheduler works between the threads' stacks and for all of them: a sanitizer must not watch it.
+        scheduler = [*command, "-fno-sanitize=all", "-O2", "-fno-tree-loop-distribute-patterns"]
+        ninja = Ninja(ROOT / "build" / "simt" / self.sanitizer)
+        objects = [
+            ninja.compile(CSRC / "simt" / f"{name}.cpp", scheduler, "host") for name in ("fiber", "simt", "symbols")
+        ]
+        objects += [ninja.compile(source, [*command, "-x", "c++"], "host") for source in CUDA_SOURCES]
+        for source in [CSRC / "simt" / "test.cpp", *sorted(CSRC.glob("*/*_simt.cpp"))]:
+            objects.append(ninja.compile(source, command, "host"))
+        output = ninja.folder / "tests"
+        ninja.link(output, objects, [command[0], *flags], [])
+        try:
+            ninja.run(str(output))
+        except BuildError as error:
+            raise SystemExit(f"sabmn_ext: the tests of the CUDA kernels were not built: {error}") from None
 
 
 def json_safe(text: str) -> str:
@@ -199,6 +243,6 @@ class BuildPy(build_py):
 
 setup(
     ext_modules=[Extension("_sabmn_ext", sources=[])],
-    cmdclass={"build_ext": NinjaBuild, "build_py": BuildPy},
+    cmdclass={"build_ext": NinjaBuild, "build_py": BuildPy, "simt": SimtBuild},
     setup_requires=[CUDA_WHEELS] if CUDA_MODE == "wheels" else [],
 )

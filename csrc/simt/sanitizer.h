@@ -32,6 +32,7 @@ inline void acquire([[maybe_unused]] void* token) {
 // Accesses to this memory so far cannot race with later ones: it is given out anew.
 inline void forget_history([[maybe_unused]] const void* memory, [[maybe_unused]] std::size_t bytes) {
 #if SIMT_TSAN
+    if (bytes == 0) return;
     __tsan_java_alloc(memory, bytes);
     __tsan_java_free(memory, bytes);
 #endif

@@ -68,6 +68,7 @@ struct Block {
     Meeting barrier;
     bool one_warp_at_a_time;
     int last_warp;
+    int set;  // of fibers
 };
 
 struct Launch {
@@ -78,7 +79,8 @@ struct Launch {
     std::size_t shared_bytes;
 };
 
-std::mt19937_64 generator;
+std::mt19937_64 generator;  // of the orders
+std::uint64_t run_seed = 0;
 std::set<std::string> launched;
 Launch launch;  // the one that runs, its block and its thread
 Block block;
@@ -119,7 +121,9 @@ void wait(Thread::State state, const char* what, Site site) {
 
 // A sanitizer's last words.
 void say_where() {
-    if (self) std::fprintf(stderr, "in %s, thread %s\n", here().c_str(), text(self->index).c_str());
+    if (!self) return;
+    std::fprintf(stderr, "in %s, thread %s (--seed %llu)\n", here().c_str(), text(self->index).c_str(),
+                 static_cast<unsigned long long>(run_seed));
 }
 
 void thread_main() {
@@ -135,16 +139,7 @@ void thread_main() {
 
 // The fibers outlive a block, and ThreadSanitizer takes each for one thread that does first this, then that. So there are
 // two sets, in turn, and the blocks run in any order: neighbours in time are unordered, as on a GPU.
-Thread* fiber(int set, std::size_t number) {
-    static std::deque<Thread> sets[2];
-    while (sets[set].size() <= number) sets[set].emplace_back();
-    return &sets[set][number];
-}
-
-void fill_with_nan(char* memory, std::size_t bytes) {
-    forget_history(memory, bytes);  // shared memory of one block is not that of the next
-    for (std::size_t i = 0; i < bytes; ++i) memory[i] = static_cast<char>(0xff);
-}
+std::deque<Thread> fibers[2];
 
 Thread* pick() {
     std::vector<int> candidates;
@@ -188,10 +183,9 @@ void run_block(dim3 size) {
         block.warps[i].ready.clear();
         block.warps[i].meeting.begin();
     }
-    static int set = 0;
-    set = 1 - set;
+    block.set = 1 - block.set;
     for (std::size_t i = 0; i < count; ++i) {
-        Thread* thread = fiber(set, i);
+        Thread* thread = &fibers[block.set][i];
         const unsigned n = static_cast<unsigned>(i);
         thread->index = {n % size.x, n / size.x % size.y, n / size.x / size.y};
         thread->number = static_cast<int>(i);
@@ -220,6 +214,11 @@ void run_block(dim3 size) {
 }
 
 }  // namespace
+
+void fill_with_nan(void* memory, std::size_t bytes) {
+    forget_history(memory, bytes);
+    for (std::size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(memory)[i] = 0xff;
+}
 
 void fail(const std::string& reason, Site site) {
     throw std::runtime_error(here() + ", thread " + text(self->index) + ", " + text(site) + ": " + reason);
@@ -271,7 +270,10 @@ void order_atomic() { acquire(fence); }
 
 const std::set<std::string>& kernels_launched() { return launched; }
 
-void set_seed(std::uint64_t seed) { generator.seed(seed); }
+void set_seed(std::uint64_t seed) {
+    run_seed = seed;
+    generator.seed(seed);
+}
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 size, std::size_t shared_bytes,
                 void (*thread)(const void*), const void* arguments) {
@@ -297,6 +299,9 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 size, std::size_t shared_byt
     std::vector<std::size_t> order(blocks);
     for (std::size_t i = 0; i < blocks; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), generator);
+    for (auto& set : fibers) {
+        while (set.size() < threads) set.emplace_back();
+    }
     release(launch_begins);
     for (const std::size_t number : order) {
         blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
@@ -308,6 +313,9 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 size, std::size_t shared_byt
 }
 
 }  // namespace simt
+
+// UndefinedBehaviorSanitizer calls this after a report.
+extern "C" void __ubsan_on_report() { simt::say_where(); }
 
 void __syncthreads(simt::Site site) {
     char* token = simt::block.barrier.token();

@@ -50,6 +50,9 @@ void start_copy(const Copy& copy);
 void commit_copies();
 bool land_copy(int groups_in_flight, Copy* copy);  // takes the next copy to land; false where there is none
 
+// Makes memory as good as new: every float in it is NaN, and no earlier access can race with a later one.
+void fill_with_nan(void* memory, std::size_t bytes);
+
 void* dynamic_shared();
 void order_fence();
 void order_atomic();

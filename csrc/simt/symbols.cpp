@@ -11,7 +11,6 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
-#include <regex>
 #include <stdexcept>
 
 namespace simt {
@@ -57,16 +56,15 @@ std::string kernel_name(const void* kernel) {
     for_each_symbol([&](const ElfW(Sym)& symbol, const char* mangled, const void* address) {
         if (address == kernel && (symbol.st_info & 0xf) == STT_FUNC) name = demangle(mangled);
     });
-    name = std::regex_replace(name, std::regex(R"(\(anonymous namespace\)::|sabmn::)"), "");
+    for (const std::string word : {"(anonymous namespace)::", "sabmn::", "void "}) {
+        for (std::size_t at; (at = name.find(word)) != std::string::npos;) name.erase(at, word.size());
+    }
     int depth = 0;
     for (std::size_t i = name.size(); i-- > 0;) {  // the parameters: from the last ')' back to its '('
         depth += (name[i] == ')') - (name[i] == '(');
-        if (name[i] == '(' && depth == 0) {
-            name.erase(i);
-            break;
-        }
+        if (name[i] == '(' && depth == 0) return name.substr(0, i);
     }
-    return std::regex_replace(name, std::regex("^void "), "");
+    return name;
 }
 
 const std::vector<StaticShared>& static_shared() {

@@ -1,8 +1,10 @@
-// The program that runs the tests: tests [--seed N] [NAME...], or tests --list. It prints the kernels that were launched.
+// The program that runs the tests: tests [--seed N] [--seeds COUNT] [NAME...], or tests --list. It prints the kernels that
+// were launched.
 
 #include "simt/test.h"
 
-#include <cstring>
+#include <algorithm>
+#include <cstdio>
 
 extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
 extern "C" const char* __tsan_default_options() { return "halt_on_error=1:report_thread_leaks=0"; }
@@ -54,32 +56,36 @@ void compare_by_rule(const std::string& what, const std::vector<double>& ours, c
 }  // namespace simt
 
 int main(int count, char** words) {
-    unsigned long seed = 0;
+    unsigned long seed = 0, seeds = 1;
     std::vector<std::string> names;
     for (int i = 1; i < count; ++i) {
-        if (!std::strcmp(words[i], "--list")) {
+        const std::string word = words[i];
+        if (word == "--list") {
             for (const simt::Test& test : simt::tests()) std::printf("%s\n", test.name.c_str());
             return 0;
         }
-        if (!std::strcmp(words[i], "--seed") && i + 1 < count) seed = std::strtoul(words[++i], nullptr, 10);
-        else names.push_back(words[i]);
+        if (word == "--seed" && i + 1 < count) seed = std::strtoul(words[++i], nullptr, 10);
+        else if (word == "--seeds" && i + 1 < count) seeds = std::strtoul(words[++i], nullptr, 10);
+        else names.push_back(word);
     }
-    int run = 0;
+    std::size_t found = 0;
     for (const simt::Test& test : simt::tests()) {
         if (!names.empty() && std::find(names.begin(), names.end(), test.name) == names.end()) continue;
-        simt::set_seed(seed);
-        simt::values().seed(seed);
-        try {
-            test.body();
-        } catch (const std::exception& error) {
-            std::fprintf(stderr, "%s failed (--seed %lu): %s\n", test.name.c_str(), seed, error.what());
-            return 1;
+        ++found;
+        for (unsigned long now = seed; now < seed + seeds; ++now) {
+            simt::set_seed(now);
+            simt::values().seed(now);
+            try {
+                test.body();
+            } catch (const std::exception& error) {
+                std::fprintf(stderr, "%s failed (--seed %lu): %s\n", test.name.c_str(), now, error.what());
+                return 1;
+            }
         }
-        ++run;
     }
     for (const std::string& kernel : simt::kernels_launched()) std::printf("kernel %s\n", kernel.c_str());
-    if (run < static_cast<int>(names.size()) || run == 0) {
-        std::fprintf(stderr, "%d of %zu tests are known by these names; --list lists them\n", run, names.size());
+    if (found < std::max<std::size_t>(names.size(), 1)) {
+        std::fprintf(stderr, "%zu tests have the names given; --list shows all\n", found);
         return 2;
     }
     return 0;

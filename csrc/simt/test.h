@@ -36,7 +36,7 @@ class Buffer {
     static T* allocate(std::size_t size) {
         void* memory = nullptr;
         if (posix_memalign(&memory, 256, size * sizeof(T)) != 0) throw std::bad_alloc();
-        std::fill_n(static_cast<unsigned char*>(memory), size * sizeof(T), 0xff);
+        fill_with_nan(memory, size * sizeof(T));
         return static_cast<T*>(memory);
     }
     std::size_t size_;
