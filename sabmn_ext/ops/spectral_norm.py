@@ -28,7 +28,11 @@ _library.define(
 )
 # The u that an op makes are one tensor, those of all weights one after the other, and so are the v.
 for _operation in ("spectral_norm_forward", "spectral_norm_backward"):
-    dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
+    dispatch.register(
+        _operation,
+        cuda=dispatch.native_cuda(*dispatch.DTYPE_CODES),
+        cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
+    )
 
 # The memory of normalised weights and of gradients on the CPU.
 _buffers = Buffers()
