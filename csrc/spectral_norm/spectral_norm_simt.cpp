@@ -209,7 +209,7 @@ void check(const Batch<Pair>& batch, int iterations) {
 }
 
 // A scalar, a row, a column, primes, several blocks of rows, aligned rows, and two channels_last convolutions.
-const std::vector<Shape> shapes = {{1, 1, 1}, {1, 37, 37}, {41, 1, 1}, {67, 131, 131}, {37, 64, 64}, {21, 27, 3}, {34, 144, 16}};
+const std::vector<Shape> shapes = {{1, 1, 1}, {1, 37, 37}, {41, 1, 1}, {131, 67, 67}, {37, 64, 64}, {21, 27, 3}, {34, 48, 16}};
 
 }  // namespace
 
@@ -225,7 +225,7 @@ SIMT_TEST(spectral_norm_unaligned, Types<float, float>, Types<bf16, bf16>) {
 
 // More than the part of v that is in shared memory at a time.
 SIMT_TEST(spectral_norm_long_rows, Types<double, double>) {
-    check(Batch<T>({{9, 2311, 2311}, {2, 2340, 260}}), 2);
+    check(Batch<T>({{9, 2311, 2311}, {2, 2340, 260}}), 1);
 }
 
 // Below eps the lengths are clamped: u and v are no unit vectors then.
