@@ -158,31 +158,38 @@ __device__ inline double sum_of(const double* values, int count) {
 // What a vector of this length is divided by. A length that is NaN stays so.
 __device__ inline double divisor(double length, double eps) { return length < eps ? eps : length; }
 
-// The element of v that column m in memory belongs to.
-template <typename Matrix>
-__device__ std::int64_t element_of(const Matrix& matrix, std::int64_t m) {
-    if (matrix.inner == matrix.columns) return m;
-    // 32 bits make the divisions cheap; the host refuses longer rows.
-    const std::uint32_t column = m, inner = matrix.inner, outer = matrix.columns / inner;
-    return column % inner * outer + column / inner;
-}
-
 // The column in memory of element e of v.
-template <typename Matrix>
-__device__ std::int64_t column_of(const Matrix& matrix, std::int64_t e) {
-    if (matrix.inner == matrix.columns) return e;
-    const std::uint32_t element = e, inner = matrix.inner, outer = matrix.columns / inner;
+__device__ inline std::int64_t column_of(std::int64_t e, std::int64_t columns, std::int64_t inner) {
+    if (inner == columns) return e;
+    // 32 bits make the divisions cheap; the host refuses longer rows.
+    const std::uint32_t element = e, outer = columns / inner;
     return element % outer * inner + element / outer;
 }
 
-// Calls work(begin, size) for one part of the columns after the other, while staged[k] = source(begin + k) for all of the part.
-template <typename S, typename Source, typename Work>
-__device__ void for_staged(std::int64_t columns, const Source& source, const Work& work, S* staged) {
-    constexpr int capacity = staged_bytes / sizeof(S);
-    for (std::int64_t begin = 0; begin < columns; begin += capacity) {
-        const int size = columns - begin < capacity ? columns - begin : capacity;
+template <typename T>
+struct RightVector {
+    const T* v;        // as the caller gave it; null:
+    const Wide<T>* t;  // v = factor · t, in the order of memory
+    double factor;
+    std::int64_t columns, inner;
+
+    __device__ Wide<T> operator[](std::int64_t e) const { return v ? static_cast<Wide<T>>(v[e]) : t[e] * factor; }
+};
+
+// Calls work(begin, size) for one part of the columns in memory after the other, while `staged` holds that part of v. A warp reads
+// neighbours of v; where its order is not that of memory, every part is picked from all of v.
+template <typename T, typename Work>
+__device__ void for_staged(const RightVector<T>& v, Wide<T>* staged, const Work& work) {
+    constexpr int capacity = staged_bytes / sizeof(Wide<T>);
+    const bool ordered = v.inner == v.columns;
+    for (std::int64_t begin = 0; begin < v.columns; begin += capacity) {
+        const int size = v.columns - begin < capacity ? v.columns - begin : capacity;
+        const std::int64_t end = ordered ? begin + size : v.columns;
         if (begin) __syncthreads();  // nobody reads the part before any more
-        for (int k = threadIdx.x; k < size; k += threads) staged[k] = source(begin + k);
+        for (std::int64_t e = (ordered ? begin : 0) + threadIdx.x; e < end; e += threads) {
+            const std::int64_t k = column_of(e, v.columns, v.inner) - begin;
+            if (k >= 0 && k < size) staged[k] = v[e];
+        }
         __syncthreads();
         work(begin, size);
     }
@@ -191,12 +198,12 @@ __device__ void for_staged(std::int64_t columns, const Source& source, const Wor
 // ---- forward ----
 
 // r[row] = Σ w[row, k] v[k]. A warp takes a row at a time; v is staged once and serves all rows.
-template <int width, typename T, typename S, typename Source>
-__device__ void times_vector(const T* w, int rows, std::int64_t columns, const Source& v, S* r, S* staged) {
+template <int width, typename T, typename S>
+__device__ void times_vector(const T* w, int rows, const RightVector<T>& v, S* r, S* staged) {
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-    for_staged(columns, v, [&](std::int64_t begin, int size) {
+    for_staged(v, staged, [&](std::int64_t begin, int size) {
         for (int row = warp; row < rows; row += warps) {
-            const T* part = w + row * columns + begin;
+            const T* part = w + row * v.columns + begin;
             S sums[width] = {};
 #pragma unroll 4
             for (int k = lane * width; k < size; k += warp_size * width) {
@@ -211,7 +218,7 @@ __device__ void times_vector(const T* w, int rows, std::int64_t columns, const S
             sum = warp_sum(sum);
             if (lane == 0) r[row] = begin ? r[row] + sum : sum;
         }
-    }, staged);
+    });
 }
 
 // out[m] = Σ r[row] w[row, m]. A thread owns `width` columns; it begins with the rows that were read last.
@@ -246,19 +253,16 @@ __global__ void __launch_bounds__(threads, resident_blocks)
     const RowBlock block = row_block(weight, place.block);
     const T* const w = static_cast<const T*>(matrix.weight) + block.first * columns;
 
-    double inverse = 1;
+    RightVector<T> v = {static_cast<const T*>(matrix.v), nullptr, 1, columns, matrix.inner};
     if (!first) {
         const int blocks = group.columns.first[place.weight + 1] - group.columns.first[place.weight];
-        inverse = 1 / divisor(sqrt(sum_of(weight.column_sums, blocks)), eps);
+        const double length = sqrt(sum_of(weight.column_sums, blocks));
+        v = {nullptr, static_cast<const S*>(weight.t), 1 / divisor(length, eps), columns, columns};
     }
-    const auto v = [&](std::int64_t m) {
-        return first ? static_cast<S>(static_cast<const T*>(matrix.v)[element_of(matrix, m)])
-                     : static_cast<S>(static_cast<const S*>(weight.t)[m] * inverse);
-    };
     if (weight.vectors) {
-        times_vector<width>(w, block.rows, columns, v, r, staged);
+        times_vector<width>(w, block.rows, v, r, staged);
     } else {
-        times_vector<1>(w, block.rows, columns, v, r, staged);
+        times_vector<1>(w, block.rows, v, r, staged);
     }
     __syncthreads();
 
@@ -389,7 +393,7 @@ __global__ void __launch_bounds__(threads, resident_blocks)
     const std::int64_t stride = std::int64_t(place.blocks) * threads;
     T *const u_new = static_cast<T*>(matrix.u_new), *const v_new = static_cast<T*>(matrix.v_new);
     for (std::int64_t e = begin; e < matrix.columns; e += stride) {
-        v_new[e] = iterations ? static_cast<T>(static_cast<S>(static_cast<const S*>(weight.t)[column_of(matrix, e)] * inverse_length))
+        v_new[e] = iterations ? static_cast<T>(static_cast<S>(static_cast<const S*>(weight.t)[column_of(e, matrix.columns, matrix.inner)] * inverse_length))
                               : static_cast<const T*>(matrix.v)[e];
     }
     for (std::int64_t e = begin; iterations == 0 && e < matrix.rows; e += stride) u_new[e] = static_cast<const T*>(matrix.u)[e];
@@ -425,28 +429,39 @@ __global__ void __launch_bounds__(threads)
     if (threadIdx.x == 0) weight.dots[place.block] = sum;
 }
 
-// out[row, k] = (g[row, k] − along·u[row] · v[k]) · inverse, a row of the block for a warp at a time
-template <int width, typename T, typename O, typename S, typename Source>
-__device__ void write_rows(const O* g, T* out, int rows, std::int64_t columns, const T* u, const Source& v, double along,
+// out[row, k] = (g[row, k] − along·u[row] · v[k]) · inverse, a row of the block for a warp at a time. Its loads go ahead of its stores.
+template <int width, typename T, typename O, typename S>
+__device__ void write_rows(const O* g, T* out, int rows, const T* u, const RightVector<T>& v, double along,
                            S inverse, S* staged) {
+    constexpr int batch = 4;
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-    for_staged(columns, v, [&](std::int64_t begin, int size) {
+    for_staged(v, staged, [&](std::int64_t begin, int size) {
         for (int row = warp; row < rows; row += warps) {
             const S factor = along * static_cast<S>(u[row]);
-            const std::int64_t offset = row * columns + begin;
-#pragma unroll 4
-            for (int k = lane * width; k < size; k += warp_size * width) {
-                const auto x = load<width>(g + offset + k);
-                const auto y = load<width>(staged + k);
-                Vector<width, T> z;
+            const O* const from = g + row * v.columns + begin;
+            T* const to = out + row * v.columns + begin;
+            for (int first = lane * width; first < size; first += batch * warp_size * width) {
+                Vector<width, O> x[batch];
 #pragma unroll
-                for (int i = 0; i < width; ++i) {
-                    z.value[i] = static_cast<T>((static_cast<S>(x.value[i]) - factor * y.value[i]) * inverse);
+                for (int step = 0; step < batch; ++step) {
+                    const int k = first + step * warp_size * width;
+                    if (k < size) x[step] = load<width>(from + k);
                 }
-                store<width>(out + offset + k, z);
+#pragma unroll
+                for (int step = 0; step < batch; ++step) {
+                    const int k = first + step * warp_size * width;
+                    if (k >= size) break;
+                    const auto y = load<width>(staged + k);
+                    Vector<width, T> z;
+#pragma unroll
+                    for (int i = 0; i < width; ++i) {
+                        z.value[i] = static_cast<T>((static_cast<S>(x[step].value[i]) - factor * y.value[i]) * inverse);
+                    }
+                    store<width>(to + k, z);
+                }
             }
         }
-    }, staged);
+    });
 }
 
 // A block of rows of dW. The launch goes through the weights backwards, as `scale` does.
@@ -469,11 +484,11 @@ __global__ void __launch_bounds__(threads, resident_blocks)
     const O* const g = static_cast<const O*>(matrix.gradient) + block.first * columns;
     T* const out = static_cast<T*>(matrix.weight_gradient) + block.first * columns;
     const T* const u = static_cast<const T*>(matrix.u) + block.first;
-    const auto v = [&](std::int64_t m) { return static_cast<S>(static_cast<const T*>(matrix.v)[element_of(matrix, m)]); };
+    const RightVector<T> v = {static_cast<const T*>(matrix.v), nullptr, 1, columns, matrix.inner};
     if (weight.vectors) {
-        write_rows<width>(g, out, block.rows, columns, u, v, along, static_cast<S>(inverse), staged);
+        write_rows<width>(g, out, block.rows, u, v, along, static_cast<S>(inverse), staged);
     } else {
-        write_rows<1>(g, out, block.rows, columns, u, v, along, static_cast<S>(inverse), staged);
+        write_rows<1>(g, out, block.rows, u, v, along, static_cast<S>(inverse), staged);
     }
 }
 
