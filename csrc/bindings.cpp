@@ -105,10 +105,10 @@ std::vector<std::size_t> longest_first(const Sizes& rows, const Sizes& columns) 
     return order;
 }
 
-std::vector<SpectralNormForwardMatrix> forward_matrices(const Addresses& weights, const Addresses& u, const Addresses& v,
-                                                        const Addresses& normalized, const Addresses& u_new,
-                                                        const Addresses& v_new, const Sizes& rows, const Sizes& columns,
-                                                        const Sizes& inner) {
+std::vector<SpectralNormForwardMatrix> forward_matrices(const Addresses& weights, const Addresses& u,
+                                                        const Addresses& v, const Addresses& normalized,
+                                                        const Addresses& u_new, const Addresses& v_new,
+                                                        const Sizes& rows, const Sizes& columns, const Sizes& inner) {
     std::vector<SpectralNormForwardMatrix> matrices;
     for (const std::size_t i : longest_first(rows, columns)) {
         matrices.push_back({pointer<const void>(weights[i]), pointer<const void>(u[i]), pointer<const void>(v[i]),
@@ -124,9 +124,9 @@ std::vector<SpectralNormBackwardMatrix> backward_matrices(const Addresses& gradi
                                                           const Sizes& columns, const Sizes& inner) {
     std::vector<SpectralNormBackwardMatrix> matrices;
     for (const std::size_t i : longest_first(rows, columns)) {
-        matrices.push_back({pointer<const void>(gradients[i]), pointer<const void>(weights[i]), pointer<const void>(u[i]),
-                            pointer<const void>(v[i]), pointer<void>(weight_gradients[i]), rows[i], columns[i], inner[i],
-                            static_cast<std::int64_t>(i)});
+        matrices.push_back({pointer<const void>(gradients[i]), pointer<const void>(weights[i]),
+                            pointer<const void>(u[i]), pointer<const void>(v[i]), pointer<void>(weight_gradients[i]),
+                            rows[i], columns[i], inner[i], static_cast<std::int64_t>(i)});
     }
     return matrices;
 }
@@ -139,12 +139,14 @@ int spectral_norm_forward(const Addresses& weights, const Addresses& u, const Ad
     py::gil_scoped_release release;
     return for_isa(SABMN_VARIANTS(spectral_norm_forward))(
         matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma), iterations, eps,
-        static_cast<DType>(dtype), static_cast<DType>(normalized_dtype), pointer<void>(workspace), usable_threads(threads));
+        static_cast<DType>(dtype), static_cast<DType>(normalized_dtype), pointer<void>(workspace),
+        usable_threads(threads));
 }
 
 int spectral_norm_backward(const Addresses& gradients, const Addresses& weights, const Addresses& u, const Addresses& v,
-                           const Addresses& weight_gradients, const Sizes& rows, const Sizes& columns, const Sizes& inner,
-                           std::uintptr_t sigma, int dtype, int normalized_dtype, std::uintptr_t workspace, int threads) {
+                           const Addresses& weight_gradients, const Sizes& rows, const Sizes& columns,
+                           const Sizes& inner, std::uintptr_t sigma, int dtype, int normalized_dtype,
+                           std::uintptr_t workspace, int threads) {
     const auto matrices = backward_matrices(gradients, weights, u, v, weight_gradients, rows, columns, inner);
     py::gil_scoped_release release;
     return for_isa(SABMN_VARIANTS(spectral_norm_backward))(
@@ -154,16 +156,18 @@ int spectral_norm_backward(const Addresses& gradients, const Addresses& weights,
 
 #ifdef SABMN_CUDA_TARGETS
 // (forward, backward)
-std::pair<std::int64_t, std::int64_t> spectral_norm_launch_workspace(const Sizes& rows, const Sizes& columns, int dtype) {
+std::pair<std::int64_t, std::int64_t> spectral_norm_launch_workspace(const Sizes& rows, const Sizes& columns,
+                                                                     int dtype) {
     const SpectralNormCudaBytes bytes = spectral_norm_cuda_workspace(
         rows.data(), columns.data(), static_cast<std::int64_t>(rows.size()), static_cast<DType>(dtype));
     return {bytes.forward, bytes.backward};
 }
 
-int spectral_norm_forward_launch(const Addresses& weights, const Addresses& u, const Addresses& v, const Addresses& normalized,
-                                 const Addresses& u_new, const Addresses& v_new, const Sizes& rows, const Sizes& columns,
-                                 const Sizes& inner, std::uintptr_t sigma, int iterations, double eps, int dtype,
-                                 int normalized_dtype, std::uintptr_t workspace, std::uintptr_t stream) {
+int spectral_norm_forward_launch(const Addresses& weights, const Addresses& u, const Addresses& v,
+                                 const Addresses& normalized, const Addresses& u_new, const Addresses& v_new,
+                                 const Sizes& rows, const Sizes& columns, const Sizes& inner, std::uintptr_t sigma,
+                                 int iterations, double eps, int dtype, int normalized_dtype, std::uintptr_t workspace,
+                                 std::uintptr_t stream) {
     const auto matrices = forward_matrices(weights, u, v, normalized, u_new, v_new, rows, columns, inner);
     py::gil_scoped_release release;
     return spectral_norm_forward_cuda(matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma),
@@ -171,15 +175,15 @@ int spectral_norm_forward_launch(const Addresses& weights, const Addresses& u, c
                                       pointer<void>(workspace), pointer<void>(stream));
 }
 
-int spectral_norm_backward_launch(const Addresses& gradients, const Addresses& weights, const Addresses& u, const Addresses& v,
-                                  const Addresses& weight_gradients, const Sizes& rows, const Sizes& columns,
-                                  const Sizes& inner, std::uintptr_t sigma, int dtype, int normalized_dtype,
-                                  std::uintptr_t workspace, std::uintptr_t stream) {
+int spectral_norm_backward_launch(const Addresses& gradients, const Addresses& weights, const Addresses& u,
+                                  const Addresses& v, const Addresses& weight_gradients, const Sizes& rows,
+                                  const Sizes& columns, const Sizes& inner, std::uintptr_t sigma, int dtype,
+                                  int normalized_dtype, std::uintptr_t workspace, std::uintptr_t stream) {
     const auto matrices = backward_matrices(gradients, weights, u, v, weight_gradients, rows, columns, inner);
     py::gil_scoped_release release;
-    return spectral_norm_backward_cuda(matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma),
-                                       static_cast<DType>(dtype), static_cast<DType>(normalized_dtype),
-                                       pointer<void>(workspace), pointer<void>(stream));
+    return spectral_norm_backward_cuda(
+        matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma), static_cast<DType>(dtype),
+        static_cast<DType>(normalized_dtype), pointer<void>(workspace), pointer<void>(stream));
 }
 
 void define_spectral_norm_cuda(py::module_& m) {

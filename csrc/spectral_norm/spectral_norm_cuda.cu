@@ -1,5 +1,5 @@
-// Spectral normalisation on the GPU: how weights are cut into blocks and groups, and the launches: for each group of weights two per
-// power iteration and one forward, two backward.
+// Spectral normalisation on the GPU: how weights are cut into blocks and groups, and the launches: for each group of
+// weights two per power iteration and one forward, two backward.
 
 #include "spectral_norm/spectral_norm_cuda.h"
 
@@ -12,8 +12,9 @@ namespace {
 
 using std::int64_t;
 
-// Of W in a block of rows: what four blocks on one SM have read when they read it again is 256 KB an SM, half of it in L1 and all
-// in the L2 of an A100 or H100. Fewer than 8 rows would make the partial sums, 1/rows of W's size, cost more than that saves.
+// Of W in a block of rows. Three blocks on an SM then have 192 KB of it to read again, much of it from L1 and all of it
+// from the L2 of an A100 or H100. Rows that are longer than 8 KB take twice that: with fewer than 8 rows a block the
+// partial sums, 1/rows of W's size, would cost more.
 constexpr int64_t row_block_bytes = 64 << 10;
 
 int rows_per_block(int64_t columns, int64_t element_bytes) {
@@ -43,19 +44,22 @@ struct Workspace {
 
 template <typename... Pointers>
 bool aligned(int64_t columns, int64_t element_bytes, Pointers... pointers) {
-    return columns * element_bytes % vector_bytes == 0 && (... && (reinterpret_cast<std::uintptr_t>(pointers) % vector_bytes == 0));
+    return columns * element_bytes % vector_bytes == 0 &&
+           (... && (reinterpret_cast<std::uintptr_t>(pointers) % vector_bytes == 0));
 }
 
 void add(ForwardGroup& group, const SpectralNormForwardMatrix& matrix, DType dtype, Workspace& workspace) {
-    const int64_t rows = matrix.rows, columns = matrix.columns, bytes = element_bytes(dtype), wide = std::max<int64_t>(bytes, 4);
+    const int64_t rows = matrix.rows, columns = matrix.columns, bytes = element_bytes(dtype),
+                  wide = std::max<int64_t>(bytes, 4);
     ForwardWeight& weight = group.weights[group.count];
     weight.matrix = matrix;
     weight.rows_per_block = rows_per_block(columns, bytes);
     weight.vectors = aligned(columns, bytes, matrix.weight, matrix.normalized);
-    const int row_blocks = blocks_of(rows, weight.rows_per_block), column_blocks = blocks_of(columns, columns_per_block);
-    weight.row_sums = workspace.take<double>(row_blocks * 8);
-    weight.powers = workspace.take<double>(row_blocks * 8);
-    weight.column_sums = workspace.take<double>(column_blocks * 8);
+    const int row_blocks = blocks_of(rows, weight.rows_per_block),
+              column_blocks = blocks_of(columns, columns_per_block);
+    weight.row_sums = workspace.take<double>(row_blocks * sizeof(double));
+    weight.powers = workspace.take<double>(row_blocks * sizeof(double));
+    weight.column_sums = workspace.take<double>(column_blocks * sizeof(double));
     weight.r = workspace.take(rows * wide);
     weight.t = workspace.take(columns * wide);
     weight.partials = workspace.take(row_blocks * columns * wide);
@@ -73,7 +77,7 @@ void add(BackwardGroup& group, const SpectralNormBackwardMatrix& matrix, DType d
     weight.rows_per_block = rows_per_block(matrix.columns, bytes);
     weight.vectors = aligned(matrix.columns, bytes, matrix.weight, matrix.gradient, matrix.weight_gradient);
     const int value_blocks = blocks_of(matrix.rows * matrix.columns, values_bytes / bytes);
-    weight.dots = workspace.take<double>(value_blocks * 8);
+    weight.dots = workspace.take<double>(value_blocks * sizeof(double));
 
     const int i = group.count++;
     group.rows.first[i + 1] = group.rows.first[i] + blocks_of(matrix.rows, weight.rows_per_block);
@@ -113,14 +117,15 @@ cudaError_t launch_forward(const ForwardGroup& group, void* sigma, int iteration
     const int count = group.count;
     cudaError_t status = cudaSuccess;
     for (int i = 0; i < std::max(iterations, 1) && status == cudaSuccess; ++i) {
-        status = launch(spectral_norm_forward_rows_kernel<T>, group.rows.first[count], threads, 0, stream, group, iterations, i == 0,
-                        eps);
+        status = launch(spectral_norm_forward_rows_kernel<T>, group.rows.first[count], threads, 0, stream, group,
+                        iterations, i == 0, eps);
         if (iterations == 0 || status != cudaSuccess) break;
-        status = launch(spectral_norm_forward_columns_kernel<T>, group.columns.first[count], threads, 0, stream, group, eps);
+        status =
+            launch(spectral_norm_forward_columns_kernel<T>, group.columns.first[count], threads, 0, stream, group, eps);
     }
     if (status != cudaSuccess) return status;
-    return launch(spectral_norm_forward_scale_kernel<T, O>, group.values.first[count], threads, 0, stream, group, sigma, iterations,
-                  eps);
+    return launch(spectral_norm_forward_scale_kernel<T, O>, group.values.first[count], threads, 0, stream, group, sigma,
+                  iterations, eps);
 }
 
 template <typename T, typename O>
@@ -134,7 +139,8 @@ cudaError_t launch_backward(const BackwardGroup& group, const void* sigma, cudaS
 
 }  // namespace
 
-SpectralNormCudaBytes spectral_norm_cuda_workspace(const int64_t* rows, const int64_t* columns, int64_t count, DType dtype) {
+SpectralNormCudaBytes spectral_norm_cuda_workspace(const int64_t* rows, const int64_t* columns, int64_t count,
+                                                   DType dtype) {
     Workspace forward{0}, backward{0};
     for (int64_t i = 0; i < count; ++i) {
         ForwardGroup forward_group{};
@@ -149,8 +155,8 @@ SpectralNormCudaBytes spectral_norm_cuda_workspace(const int64_t* rows, const in
     return {static_cast<int64_t>(forward.next), static_cast<int64_t>(backward.next)};
 }
 
-int spectral_norm_forward_cuda(const SpectralNormForwardMatrix* matrices, int64_t count, void* sigma, int iterations, double eps,
-                               DType dtype, DType normalized_dtype, void* workspace, void* stream) {
+int spectral_norm_forward_cuda(const SpectralNormForwardMatrix* matrices, int64_t count, void* sigma, int iterations,
+                               double eps, DType dtype, DType normalized_dtype, void* workspace, void* stream) {
     return with_types(dtype, normalized_dtype, [&](auto weight, auto normalized) {
         return for_groups<ForwardGroup>(matrices, count, dtype, workspace, [&](const ForwardGroup& group) {
             return launch_forward<decltype(weight), decltype(normalized)>(group, sigma, iterations, eps,
@@ -159,11 +165,12 @@ int spectral_norm_forward_cuda(const SpectralNormForwardMatrix* matrices, int64_
     });
 }
 
-int spectral_norm_backward_cuda(const SpectralNormBackwardMatrix* matrices, int64_t count, const void* sigma, DType dtype,
-                                DType normalized_dtype, void* workspace, void* stream) {
+int spectral_norm_backward_cuda(const SpectralNormBackwardMatrix* matrices, int64_t count, const void* sigma,
+                                DType dtype, DType normalized_dtype, void* workspace, void* stream) {
     return with_types(dtype, normalized_dtype, [&](auto weight, auto normalized) {
         return for_groups<BackwardGroup>(matrices, count, dtype, workspace, [&](const BackwardGroup& group) {
-            return launch_backward<decltype(weight), decltype(normalized)>(group, sigma, static_cast<cudaStream_t>(stream));
+            return launch_backward<decltype(weight), decltype(normalized)>(group, sigma,
+                                                                           static_cast<cudaStream_t>(stream));
         });
     });
 }

@@ -1,4 +1,5 @@
-// The CUDA kernels of the batched spectral normalisation. Formulas and arguments: spectral_norm.h; launches: spectral_norm_cuda.cu.
+// The CUDA kernels of the batched spectral normalisation. Formulas and arguments: spectral_norm.h; launches:
+// spectral_norm_cuda.cu.
 //
 //   forward   rows      every iteration: of a block of rows b, r_b = W_b v and s_b = W_bᵀ r_b
 //             columns   every iteration: ‖r‖, u = r/‖r‖ and t = Wᵀu = Σ_b s_b/‖r‖
@@ -6,10 +7,10 @@
 //   backward  dot       ⟨G, W⟩ of a run of values
 //             rows      the sum of those, and a block of rows of dW
 //
-// One launch works on all weights of a group; a block finds its weight by its own number, in tables that arrive with the kernel's
-// parameters. What has to be summed over blocks is written to the workspace by one launch and added up by the next, in a fixed
-// order, and how a weight is cut depends on its shape alone. Norms are summed in double, and r_b carries a power of two of its
-// own into s_b: in float, Wᵀ(Wv) overflows near |W| = 1e15 and vanishes near 1e-15.
+// One launch works on all weights of a group; a block finds its weight by its own number, in tables that arrive with
+// the kernel's parameters. What has to be summed over blocks is written to the workspace by one launch and added up by
+// the next, in a fixed order, and how a weight is cut depends on its shape alone. Norms are summed in double, and r_b
+// carries a power of two of its own into s_b: in float, Wᵀ(Wv) overflows near |W| = 1e15 and vanishes near 1e-15.
 #pragma once
 
 #include <cmath>
@@ -24,13 +25,14 @@ namespace {
 
 // ---- sizes ----
 
-// 8 warps: a warp takes a row of W at a time, or 1/8 of the sum over row blocks. At least 3 blocks share an SM (80 registers a thread).
+// 8 warps: a warp takes a row of W at a time, or 1/8 of the sum over row blocks. Three blocks on an SM have up to 48 KB
+// of loads in flight and leave 80 registers a thread; more blocks would read more of W before any of it is read again.
 constexpr int warp_size = 32, warps = 8, threads = warps * warp_size;
 constexpr int resident_blocks = 3;
-constexpr int vector_bytes = 16;              // the widest access
+constexpr int vector_bytes = 16;               // the widest access
 constexpr int max_rows_per_block = warp_size;  // a lane holds an element of r_b
 constexpr int columns_per_block = warp_size;   // of `columns`: a lane holds a column
-constexpr int values_bytes = 64 * threads;     // of W in a block of `scale` and `dot`: each thread has 64 bytes in flight
+constexpr int values_bytes = 64 * threads;     // of W in a block of `scale` and `dot`: 64 bytes in flight a thread
 constexpr int staged_bytes = 18 << 10;         // of v in shared memory at a time: a ResNet's widest row, 4608 floats
 constexpr int group_capacity = 64;             // of weights; a launch is sent the whole table, so it is kept short
 
@@ -42,12 +44,12 @@ using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 struct ForwardWeight {
     SpectralNormForwardMatrix matrix;
-    double* row_sums;    // [row blocks]     ‖r_b‖²; without iterations u_b · r_b
-    double* powers;      // [row blocks]     s_b = powers[b] · partials[b]
-    double* column_sums; // [column blocks]  ‖t‖² of the block's columns
-    void* r;             // [rows]           W v; this and the next two are Wide
-    void* t;             // [columns]        Wᵀu, in the order of memory
-    void* partials;      // [row blocks, columns]
+    double* row_sums;     // [row blocks]     ‖r_b‖²; without iterations u_b · r_b
+    double* powers;       // [row blocks]     s_b = powers[b] · partials[b]
+    double* column_sums;  // [column blocks]  ‖t‖² of the block's columns
+    void* r;              // [rows]           W v; this and the next two are Wide
+    void* t;              // [columns]        Wᵀu, in the order of memory
+    void* partials;       // [row blocks, columns]
     int rows_per_block;
     bool vectors;  // every row of every tensor begins at a multiple of 16 bytes
 };
@@ -76,7 +78,8 @@ struct BackwardGroup {
     BackwardWeight weights[group_capacity];
 };
 
-static_assert(sizeof(ForwardGroup) < 32000 && sizeof(BackwardGroup) < 32000, "a launch takes 32,764 bytes of parameters");
+static_assert(sizeof(ForwardGroup) < 32000 && sizeof(BackwardGroup) < 32000,
+              "a launch takes 32,764 bytes of parameters");
 
 // A block's weight, its number within the weight, and how many blocks the weight has.
 struct Place {
@@ -138,7 +141,7 @@ __device__ S warp_sum(S value) {
     return value;
 }
 
-// The sum over the block's threads, for all of them. To be called once in a kernel: nothing keeps a second call from overtaking.
+// The sum over the block's threads, for all of them; once in a kernel, for nothing keeps a second call from overtaking.
 __device__ inline double block_sum(double value) {
     __shared__ double sums[warps];
     value = warp_sum(value);
@@ -166,18 +169,19 @@ __device__ inline std::int64_t column_of(std::int64_t e, std::int64_t columns, s
     return element % outer * inner + element / outer;
 }
 
+// v: the caller's, or where that is null factor · t, in the order of memory (inner = columns).
 template <typename T>
 struct RightVector {
-    const T* v;        // as the caller gave it; null:
-    const Wide<T>* t;  // v = factor · t, in the order of memory
+    const T* v;
+    const Wide<T>* t;
     double factor;
     std::int64_t columns, inner;
 
     __device__ Wide<T> operator[](std::int64_t e) const { return v ? static_cast<Wide<T>>(v[e]) : t[e] * factor; }
 };
 
-// Calls work(begin, size) for one part of the columns in memory after the other, while `staged` holds that part of v. A warp reads
-// neighbours of v; where its order is not that of memory, every part is picked from all of v.
+// Calls work(begin, size) for one part of the columns in memory after the other, while `staged` holds that part of v. A
+// warp reads neighbours of v; where its order is not that of memory, every part is picked from all of v.
 template <typename T, typename Work>
 __device__ void for_staged(const RightVector<T>& v, Wide<T>* staged, const Work& work) {
     constexpr int capacity = staged_bytes / sizeof(Wide<T>);
@@ -236,11 +240,12 @@ __device__ void transposed_times_vector(const T* w, int rows, std::int64_t colum
     }
 }
 
-// A block of rows: the first product reads W from memory, and the second reads it again from L1 and L2, for a block has about 64
-// KB of it. `first`: v is the caller's, else it is t/‖t‖ of the iteration before.
+// A block of rows: the first product reads W from memory, and the second reads it again from L1 and L2, for a block has
+// about 64 KB of it. `first`: v is the caller's, else it is t/‖t‖ of the iteration before.
 template <typename T>
 __global__ void __launch_bounds__(threads, resident_blocks)
-    spectral_norm_forward_rows_kernel(const __grid_constant__ ForwardGroup group, int iterations, bool first, double eps) {
+    spectral_norm_forward_rows_kernel(const __grid_constant__ ForwardGroup group, int iterations, bool first,
+                                      double eps) {
     using S = Wide<T>;
     constexpr int width = vector_bytes / sizeof(S);
     alignas(vector_bytes) __shared__ S staged[staged_bytes / sizeof(S)];
@@ -296,8 +301,8 @@ __global__ void __launch_bounds__(threads, resident_blocks)
     }
 }
 
-// 32 columns of t, a lane each: the warps share out the row blocks, so that one thread's chain of loads is short. The weight's
-// blocks write u together.
+// 32 columns of t, a lane each: the warps share out the row blocks, so that one thread's chain of loads is short. The
+// weight's blocks write u together.
 template <typename T>
 __global__ void __launch_bounds__(threads)
     spectral_norm_forward_columns_kernel(const __grid_constant__ ForwardGroup group, double eps) {
@@ -312,7 +317,7 @@ __global__ void __launch_bounds__(threads)
 
     for (std::int64_t row = std::int64_t(place.block) * threads + threadIdx.x; row < matrix.rows;
          row += std::int64_t(place.blocks) * threads) {
-        static_cast<T*>(matrix.u_new)[row] = static_cast<T>(static_cast<S>(static_cast<const S*>(weight.r)[row] * inverse));
+        static_cast<T*>(matrix.u_new)[row] = static_cast<T>(static_cast<const S*>(weight.r)[row] * inverse);
     }
 
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
@@ -335,8 +340,7 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-// A run of values of Ŵ = W/σ. The loads are under way while σ is summed. The weight's blocks write v together, and without
-// iterations u. The launch goes through the weights backwards: what the launches before read last is still in L2.
+// out = w · scale(); the loads are under way while σ is summed.
 template <int width, typename T, typename O, typename Scale>
 __device__ void scale_values(const T* w, O* out, int size, const Scale& scale) {
     constexpr int steps = values_bytes / sizeof(T) / threads / width;
@@ -357,9 +361,12 @@ __device__ void scale_values(const T* w, O* out, int size, const Scale& scale) {
     }
 }
 
+// A run of values of W/σ. The weight's blocks write v together, and without iterations u. The launch goes through the
+// weights backwards: what the launches before it read last is still in L2.
 template <typename T, typename O>
 __global__ void __launch_bounds__(threads, resident_blocks)
-    spectral_norm_forward_scale_kernel(const __grid_constant__ ForwardGroup group, void* sigmas, int iterations, double eps) {
+    spectral_norm_forward_scale_kernel(const __grid_constant__ ForwardGroup group, void* sigmas, int iterations,
+                                       double eps) {
     using S = Wide<T>;
     const Place place = find(group.values, group.count, gridDim.x - 1 - blockIdx.x);
     const ForwardWeight& weight = group.weights[place.weight];
@@ -391,12 +398,17 @@ __global__ void __launch_bounds__(threads, resident_blocks)
 
     const std::int64_t begin = std::int64_t(place.block) * threads + threadIdx.x;
     const std::int64_t stride = std::int64_t(place.blocks) * threads;
+    const T *const u = static_cast<const T*>(matrix.u), *const v = static_cast<const T*>(matrix.v);
     T *const u_new = static_cast<T*>(matrix.u_new), *const v_new = static_cast<T*>(matrix.v_new);
-    for (std::int64_t e = begin; e < matrix.columns; e += stride) {
-        v_new[e] = iterations ? static_cast<T>(static_cast<S>(static_cast<const S*>(weight.t)[column_of(e, matrix.columns, matrix.inner)] * inverse_length))
-                              : static_cast<const T*>(matrix.v)[e];
+    if (iterations) {
+        const S* const t = static_cast<const S*>(weight.t);
+        for (std::int64_t e = begin; e < matrix.columns; e += stride) {
+            v_new[e] = static_cast<T>(t[column_of(e, matrix.columns, matrix.inner)] * inverse_length);
+        }
+    } else {
+        for (std::int64_t e = begin; e < matrix.rows; e += stride) u_new[e] = u[e];
+        for (std::int64_t e = begin; e < matrix.columns; e += stride) v_new[e] = v[e];
     }
-    for (std::int64_t e = begin; iterations == 0 && e < matrix.rows; e += stride) u_new[e] = static_cast<const T*>(matrix.u)[e];
 }
 
 // ---- backward ----
@@ -425,14 +437,16 @@ __global__ void __launch_bounds__(threads)
     const O* const g = static_cast<const O*>(weight.matrix.gradient) + block.first;
     const T* const w = static_cast<const T*>(weight.matrix.weight) + block.first;
     constexpr int width = vector_bytes / sizeof(T);
-    const double sum = block_sum(weight.vectors ? dot_values<width>(g, w, block.size) : dot_values<1>(g, w, block.size));
+    const double sum =
+        block_sum(weight.vectors ? dot_values<width>(g, w, block.size) : dot_values<1>(g, w, block.size));
     if (threadIdx.x == 0) weight.dots[place.block] = sum;
 }
 
-// out[row, k] = (g[row, k] − along·u[row] · v[k]) · inverse, a row of the block for a warp at a time. Its loads go ahead of its stores.
+// out[row, k] = (g[row, k] − along·u[row] · v[k]) · inverse, a row of the block for a warp at a time. Its loads go
+// ahead of its stores.
 template <int width, typename T, typename O, typename S>
-__device__ void write_rows(const O* g, T* out, int rows, const T* u, const RightVector<T>& v, double along,
-                           S inverse, S* staged) {
+__device__ void write_rows(const O* g, T* out, int rows, const T* u, const RightVector<T>& v, double along, S inverse,
+                           S* staged) {
     constexpr int batch = 4;
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
     for_staged(v, staged, [&](std::int64_t begin, int size) {

@@ -1,4 +1,5 @@
-// Spectral normalisation on the GPU against its formulas in float64: every pair of types, odd sizes, layouts, scales, clamps.
+// Spectral normalisation on the GPU against its formulas in float64: every pair of types, odd sizes, layouts, scales,
+// clamps.
 
 #include <deque>
 
@@ -18,12 +19,15 @@ struct Types {
     using O = Normalized;
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
 };
-#define EVERY_TYPE                                                                                                  \
-    Types<float, float>, Types<float, bf16>, Types<float, f16>, Types<double, double>, Types<bf16, bf16>, Types<f16, f16>
+#define EVERY_TYPE                                                                                        \
+    Types<float, float>, Types<float, bf16>, Types<float, f16>, Types<double, double>, Types<bf16, bf16>, \
+        Types<f16, f16>
 
 template <typename T>
-constexpr DType dtype = std::is_same_v<T, double> ? DType::float64 : std::is_same_v<T, float> ? DType::float32
-                        : std::is_same_v<T, bf16> ? DType::bfloat16 : DType::float16;
+constexpr DType dtype = std::is_same_v<T, double>  ? DType::float64
+                        : std::is_same_v<T, float> ? DType::float32
+                        : std::is_same_v<T, bf16>  ? DType::bfloat16
+                                                   : DType::float16;
 
 struct Shape {
     int64_t rows, columns, inner;
@@ -46,9 +50,9 @@ struct Iteration {
             return sum;
         };
         const auto normalize = [&](std::vector<S>& x) {
-            S squares = 0;
-            for (const S y : x) squares += y * y;
-            for (S& y : x) y /= std::max(std::sqrt(squares), eps);
+            double squares = 0;
+            for (const double y : x) squares += y * y;
+            for (S& y : x) y /= std::max(static_cast<S>(std::sqrt(squares)), eps);
         };
         for (int i = 0; i < iterations; ++i) {
             for (int64_t row = 0; row < shape.rows; ++row) u[row] = times_v(row);
@@ -75,8 +79,15 @@ struct Weight {
     Buffer<O> normalized, gradient;
 
     explicit Weight(const Shape& shape, double scale = 1, int offset = 0)
-        : shape(shape), offset(offset), w(simt::random<T>(size(), -scale, scale)), u(simt::random<T>(shape.rows)),
-          v(simt::random<T>(shape.columns)), u_new(shape.rows), v_new(shape.columns), weight_gradient(size()), normalized(size()),
+        : shape(shape),
+          offset(offset),
+          w(simt::random<T>(size(), -scale, scale)),
+          u(simt::random<T>(shape.rows)),
+          v(simt::random<T>(shape.columns)),
+          u_new(shape.rows),
+          v_new(shape.columns),
+          weight_gradient(size()),
+          normalized(size()),
           gradient(simt::random<O>(size())) {
         // Near the singular vectors, as in training: elsewhere σ may vanish, and everything is ill-conditioned.
         const Iteration<double> near(shape, values(w), u, v, 2, 0);
@@ -89,12 +100,20 @@ struct Weight {
         return {buffer.begin() + offset, buffer.end()};
     }
     SpectralNormForwardMatrix forward(int64_t index) const {
-        return {w.data() + offset, u.data(),     v.data(),      normalized.data() + offset, u_new.data(), v_new.data(),
-                shape.rows,        shape.columns, shape.inner, index};
+        return {w.data() + offset, u.data(),     v.data(),   normalized.data() + offset,
+                u_new.data(),      v_new.data(), shape.rows, shape.columns,
+                shape.inner,       index};
     }
     SpectralNormBackwardMatrix backward(int64_t index) const {
-        return {gradient.data() + offset, w.data() + offset, u_new.data(), v_new.data(), weight_gradient.data() + offset,
-                shape.rows,               shape.columns,     shape.inner,  index};
+        return {gradient.data() + offset,
+                w.data() + offset,
+                u_new.data(),
+                v_new.data(),
+                weight_gradient.data() + offset,
+                shape.rows,
+                shape.columns,
+                shape.inner,
+                index};
     }
 };
 
@@ -106,8 +125,8 @@ void compare(const std::string& what, const Shape& shape, const std::vector<E>& 
     for (const S x : computed) plain.push_back(static_cast<double>(static_cast<E>(x)) / unit);
     for (double& x : scaled) x /= unit;
     for (double& x : reference) x /= unit;
-    simt::compare_by_rule(what + " of " + std::to_string(shape.rows) + " x " + std::to_string(shape.columns), scaled, plain, reference,
-                          simt::epsilon<E>(), std::is_same_v<E, double>);
+    simt::compare_by_rule(what + " of " + std::to_string(shape.rows) + " x " + std::to_string(shape.columns), scaled,
+                          plain, reference, simt::epsilon<E>(), std::is_same_v<E, double>);
 }
 
 template <typename E>
@@ -130,29 +149,32 @@ class Batch {
         for (const Shape& shape : shapes) weights.emplace_back(shape, scale, offset);
     }
 
-    void forward(int iterations, double eps = 1e-12) const {
+    void forward(int iterations, double eps) const {
         std::vector<SpectralNormForwardMatrix> matrices;
         for (const auto& weight : weights) matrices.push_back(weight.forward(matrices.size()));
         const Buffer<unsigned char> workspace(bytes().forward);
-        expect(spectral_norm_forward_cuda(matrices.data(), matrices.size(), sigma.data(), iterations, eps, dtype<T>, dtype<O>,
-                                          workspace.data(), nullptr) == ok, "the forward pass failed");
+        expect(spectral_norm_forward_cuda(matrices.data(), matrices.size(), sigma.data(), iterations, eps, dtype<T>,
+                                          dtype<O>, workspace.data(), nullptr) == ok,
+               "the forward pass failed");
     }
 
     void backward() const {
         std::vector<SpectralNormBackwardMatrix> matrices;
         for (const auto& weight : weights) matrices.push_back(weight.backward(matrices.size()));
         const Buffer<unsigned char> workspace(bytes().backward);
-        expect(spectral_norm_backward_cuda(matrices.data(), matrices.size(), sigma.data(), dtype<T>, dtype<O>, workspace.data(),
-                                           nullptr) == ok, "the backward pass failed");
+        expect(spectral_norm_backward_cuda(matrices.data(), matrices.size(), sigma.data(), dtype<T>, dtype<O>,
+                                           workspace.data(), nullptr) == ok,
+               "the backward pass failed");
     }
 
-    void check_forward(int iterations, double eps = 1e-12) const {
+    void check_forward(int iterations, double eps) const {
         for (std::size_t i = 0; i < weights.size(); ++i) {
             const Weight<Pair>& weight = weights[i];
             const std::vector<T> w = weight.values(weight.w);
             const Iteration<S> plain(weight.shape, w, weight.u, weight.v, iterations, static_cast<S>(eps));
             const Iteration<double> exact(weight.shape, w, weight.u, weight.v, iterations, eps);
-            const auto part = [&](const std::string& name, const auto& ours, const auto& computed, const auto& reference) {
+            const auto part = [&](const std::string& name, const auto& ours, const auto& computed,
+                                  const auto& reference) {
                 compare(name, weight.shape, ours, computed, reference, largest(reference));
             };
             part("u", std::vector<T>(weight.u_new.begin(), weight.u_new.end()), plain.u, exact.u);
@@ -166,7 +188,8 @@ class Batch {
         for (std::size_t i = 0; i < weights.size(); ++i) {
             const Weight<Pair>& weight = weights[i];
             compare("gradient", weight.shape, weight.values(weight.weight_gradient), gradient<S>(weight, sigma[i]),
-                    gradient<double>(weight, sigma[i]), largest(weight.values(weight.gradient)) / std::fabs(double(sigma[i])));
+                    gradient<double>(weight, sigma[i]),
+                    largest(weight.values(weight.gradient)) / std::fabs(double(sigma[i])));
         }
     }
 
@@ -201,15 +224,16 @@ class Batch {
 };
 
 template <typename Pair>
-void check(const Batch<Pair>& batch, int iterations) {
-    batch.forward(iterations);
-    batch.check_forward(iterations);
+void check(const Batch<Pair>& batch, int iterations, double eps = 1e-12) {
+    batch.forward(iterations, eps);
+    batch.check_forward(iterations, eps);
     batch.backward();
     batch.check_backward();
 }
 
 // A scalar, a row, a column, primes, several blocks of rows, aligned rows, and two channels_last convolutions.
-const std::vector<Shape> shapes = {{1, 1, 1}, {1, 37, 37}, {41, 1, 1}, {131, 67, 67}, {37, 64, 64}, {21, 27, 3}, {34, 48, 16}};
+const std::vector<Shape> shapes = {{1, 1, 1},    {1, 37, 37}, {41, 1, 1},  {131, 67, 67},
+                                   {37, 64, 64}, {21, 27, 3}, {34, 48, 16}};
 
 }  // namespace
 
@@ -224,14 +248,15 @@ SIMT_TEST(spectral_norm_unaligned, Types<float, float>, Types<bf16, bf16>) {
 }
 
 // More than the part of v that is in shared memory at a time.
-SIMT_TEST(spectral_norm_long_rows, Types<double, double>) {
-    check(Batch<T>({{9, 2311, 2311}, {2, 2340, 260}}), 1);
-}
+SIMT_TEST(spectral_norm_long_rows, Types<double, double>) { check(Batch<T>({{9, 2311, 2311}, {2, 2340, 260}}), 1); }
 
-// Below eps the lengths are clamped: u and v are no unit vectors then.
+// Where WᵀW is beyond float; and below eps, where the lengths are clamped and u and v are no unit vectors.
 SIMT_TEST(spectral_norm_scales, Types<float, float>, Types<double, double>, Types<bf16, bf16>) {
-    for (const double scale : {1e-15, 1e15}) {
-        for (const int iterations : {0, 2}) check(Batch<T>({{33, 70, 70}}, scale), iterations);
+    struct Scale {
+        double scale, eps;
+    };
+    for (const auto [scale, eps] : {Scale{1e-25, 1e-35}, Scale{1e-15, 1e-12}, Scale{1e15, 1e-12}, Scale{1e25, 1e-12}}) {
+        for (const int iterations : {0, 2}) check(Batch<T>({{33, 70, 70}}, scale), iterations, eps);
     }
 }
 
@@ -247,13 +272,14 @@ SIMT_TEST(spectral_norm_groups, Types<float, float>) {
 
 SIMT_TEST(spectral_norm_zero_and_nan, Types<float, bf16>, Types<double, double>, Types<f16, f16>) {
     for (const int iterations : {0, 1}) {
-        const Batch<T> batch({{5, 9, 9}, {11, 40, 40}, {6, 12, 3}});
+        const Batch<T> batch({{5, 9, 9}, {11, 40, 40}, {6, 12, 3}, {0, 7, 7}});
         using Element = typename T::T;
         for (Element& x : batch.weights[0].w) x = static_cast<Element>(0);
         batch.weights[1].w[simt::random_int(0, 11 * 40 - 1)] = static_cast<Element>(NAN);
-        batch.forward(iterations);
+        batch.forward(iterations, 1e-12);
         expect(batch.sigma[0] == 0, "sigma of a zero weight is not 0");
         expect(std::isnan(batch.sigma[1]), "sigma of a weight with a NaN is not NaN");
+        expect(batch.sigma[3] == 0, "sigma of a weight without elements is not 0");
         expect(std::isfinite(batch.sigma[2]) && batch.sigma[2] != 0, "sigma of the weight beside them is harmed");
     }
 }
@@ -264,7 +290,7 @@ SIMT_TEST(spectral_norm_order, Types<float, float>) {
     std::vector<std::vector<typename T::O>> results[2];
     for (int run = 0; run < 2; ++run) {
         simt::set_seed(simt::random_int(0, 1 << 30));
-        batch.forward(2);
+        batch.forward(2, 1e-12);
         batch.backward();
         for (const auto& weight : batch.weights) {
             results[run].push_back(weight.values(weight.normalized));
@@ -277,8 +303,10 @@ SIMT_TEST(spectral_norm_order, Types<float, float>) {
 SIMT_TEST(spectral_norm_refuses, void) {
     SpectralNormForwardMatrix matrix{};
     matrix.rows = 1, matrix.columns = matrix.inner = int64_t(1) << 31;
-    expect(spectral_norm_forward_cuda(&matrix, 1, nullptr, 1, 1e-12, DType::float32, DType::float32, nullptr, nullptr) == unsupported_size,
+    expect(spectral_norm_forward_cuda(&matrix, 1, nullptr, 1, 1e-12, DType::float32, DType::float32, nullptr,
+                                      nullptr) == unsupported_size,
            "a row of 2^31 columns is taken");
-    expect(spectral_norm_forward_cuda(&matrix, 1, nullptr, 1, 1e-12, DType::float64, DType::float32, nullptr, nullptr) == unsupported_dtype,
+    expect(spectral_norm_forward_cuda(&matrix, 1, nullptr, 1, 1e-12, DType::float64, DType::float32, nullptr,
+                                      nullptr) == unsupported_dtype,
            "a pair of types without kernels is taken");
 }

@@ -62,7 +62,7 @@ def test_a_failure_names_operation_shapes_and_reason() -> None:
 
 @pytest.mark.skipif(not hasattr(_native.module, "cuda_error"), reason="the native module was built without CUDA")
 def test_a_failed_launch_is_told_in_cudas_words() -> None:
-    with pytest.raises(RuntimeError, match=r"spectral_norm_forward failed for tensors \[2, 3\] .*CUDA says: out of memory"):
+    with pytest.raises(RuntimeError, match=r"spectral_norm_forward failed .*\[2, 3\] .*CUDA says: out of memory"):
         dispatch.check_status(1002, "spectral_norm_forward", torch.zeros(2, 3))
     if torch.cuda.is_available():
         return  # the launch below would succeed and spoil the context: its addresses are the CPU's
