@@ -38,11 +38,9 @@ CUDA_SOURCES = sorted(CSRC.glob("*/*_cuda.cu"))
 SIMT_FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-omit-frame-pointer", "-fno-ipa-icf"]
 SIMT_SANITIZERS = {
     "none": ["-O2"],
-    # object-size would stop at what AddressSanitizer reports better, with kernel, block and thread.
-    "address": [
-        *("-O1", "-fsanitize=address,undefined", "-fno-sanitize=object-size", "-fno-sanitize-recover=all", "-DSIMT_ASAN")
-    ],
-    "thread": ["-O1", "-fsanitize=thread", "-DSIMT_TSAN"],
+    # Without object-size, AddressSanitizer is the one that reports an access out of bounds.
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=object-size", "-fno-sanitize-recover"],
+    "thread": ["-O1", "-fsanitize=thread"],
 }
 
 
@@ -209,7 +207,8 @@ class SimtBuild(Command):
         flags = SIMT_SANITIZERS[self.sanitizer]
         command = [find_cxx(), *SIMT_FLAGS, *flags, f"-I{CSRC}"]
         # The scheduler works between the threads' stacks and for all of them: a sanitizer must not watch it.
-        scheduler = [*command, "-fno-sanitize=all", "-O2", "-fno-tree-loop-distribute-patterns"]
+        watched_by = {"none": [], "address": ["-DSIMT_ASAN"], "thread": ["-DSIMT_TSAN"]}[self.sanitizer]
+        scheduler = [*command, "-fno-sanitize=all", "-O3", "-fno-tree-loop-distribute-patterns", *watched_by]
         ninja = Ninja(ROOT / "build" / "simt" / self.sanitizer)
         objects = [
             ninja.compile(CSRC / "simt" / f"{name}.cpp", scheduler, "host") for name in ("fiber", "simt", "symbols")

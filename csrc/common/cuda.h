@@ -1,9 +1,10 @@
-// The one header that a CUDA kernel includes. Under nvcc the kernels run on a GPU; under g++ simt/ gives the same names in
-// plain C++ and runs them thread by thread on a CPU, which is how they are tested (csrc/simt/README.md).
+// The one header that a CUDA kernel includes. Under nvcc the kernels run on a GPU; under g++ simt/ gives the same names
+// in plain C++ and runs them thread by thread on a CPU, which is how they are tested (csrc/simt/README.md).
 //
 // Kernels stand in <operation>_kernels.cuh, in an unnamed namespace (AddressSanitizer guards their static __shared__
-// arrays only there); host code launches them with launch() and takes dynamic shared memory with SABMN_DYNAMIC_SHARED.
-// Everything else is CUDA C++ as usual, but: shuffles and other _sync functions take full warps only.
+// arrays only there); host code launches them with launch(), dynamic shared memory comes from SABMN_DYNAMIC_SHARED, and
+// a large parameter is a SABMN_GRID_CONSTANT. Everything else is CUDA C++ as usual, but shuffles and the other _sync
+// functions take full warps only.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +16,10 @@
 #include <utility>
 
 #include "common/ptx.h"
+
+// In a kernel's parameter list, SABMN_GRID_CONSTANT(T) name: a structure that every thread reads where the launch put
+// it.
+#define SABMN_GRID_CONSTANT(T) const __grid_constant__ T
 
 // T* name: the block's dynamic shared memory, aligned to 16 bytes.
 #define SABMN_DYNAMIC_SHARED(T, name)                                       \
@@ -29,8 +34,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
                    Arguments&&... arguments) {
     cudaError_t status = cudaSuccess;
     if (shared_bytes > 48 * 1024) {  // above that a kernel must ask
-        status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes));
+        status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     }
     if (status == cudaSuccess) {
         cudaLaunchConfig_t config = {};

@@ -44,7 +44,8 @@ __device__ inline std::uint32_t pack(float low, float high) {
     return both;
 }
 
-// The value of another lane, for a whole warp: of lane ^ lane_mask, of lane + delta (own value past the end), of `lane`.
+// The value of another lane, for a whole warp: of lane ^ lane_mask, of lane + delta (own value past the end), of
+// `lane`.
 template <typename T>
 __device__ T shuffle_xor(T value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
@@ -60,8 +61,8 @@ __device__ T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
 
-// 16 bytes from global to shared memory, in flight until a cp_async_wait; both addresses are multiples of 16. Of `bytes`
-// (0 to 16) only so many are read, the rest of the 16 becomes zero.
+// 16 bytes from global to shared memory, in flight until a cp_async_wait; both addresses are multiples of 16. Of
+// `bytes` (0 to 16) only so many are read, the rest of the 16 becomes zero.
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes = 16) {
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
@@ -96,8 +97,8 @@ __device__ inline void ldmatrix_x4_trans(std::uint32_t (&matrices)[4], const voi
 }
 
 // d += a b for a [16, 16], b [16, 8], d [16, 8]; with g = lane / 4 and t = lane % 4 a lane holds
-//   a: {a[g][2t..], a[g+8][2t..], a[g][2t+8..], a[g+8][2t+8..]}   two elements a register, the lower column in the low half
-//   b: {b[2t..][g], b[2t+8..][g]}                                 two elements a register, the lower row in the low half
+//   a: {a[g][2t..], a[g+8][2t..], a[g][2t+8..], a[g+8][2t+8..]} two elements a register, the left one in the low half
+//   b: {b[2t..][g], b[2t+8..][g]}                               two elements a register, the upper one in the low half
 //   d: {d[g][2t], d[g][2t+1], d[g+8][2t], d[g+8][2t+1]}
 template <typename T>
 __device__ inline void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {

@@ -15,7 +15,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
-#define __shared__ static __attribute__((abi_tag("simt_shared")))  // one block runs at a time; the tag is for symbols.cpp
+// One block runs at a time; by the tag symbols.cpp finds the variable.
+#define __shared__ static __attribute__((abi_tag("simt_shared")))
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -85,7 +86,12 @@ template <typename T>
 T __ldg(const T* address) { return *address; }
 
 // The host side. There is one device, named after what it is.
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidDevice = 101,
+};
 using cudaStream_t = struct CUstream_st*;
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16,

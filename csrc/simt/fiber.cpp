@@ -1,11 +1,13 @@
-// A switch saves the registers that a function must preserve, and exchanges stack pointers: 2 ns, where swapcontext makes
-// two system calls. This file is compiled without sanitizers: code that runs between two stacks cannot be instrumented.
+// A switch saves the registers that a function must preserve, and exchanges stack pointers: 2 ns, where swapcontext
+// makes two system calls. This file is compiled without sanitizers: code that runs between two stacks cannot be
+// instrumented.
 
 #include "simt/fiber.h"
 
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdio>
 #include <stdexcept>
 
 #include "simt/sanitizer.h"
@@ -94,7 +96,9 @@ void* const scheduler_fiber = __tsan_get_current_fiber();
 Fiber::Fiber() {
     void* memory = mmap(nullptr, page + stack_bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) throw std::runtime_error("no stack for a thread");
+    if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
+        throw std::runtime_error("no memory for a thread's stack");
+    }
     stack_ = static_cast<char*>(memory) + page;  // an overflow meets the page below
     void** frame = reinterpret_cast<void**>(stack_ + stack_bytes) - saved_words;
     frame[entry_word] = reinterpret_cast<void*>(&Fiber::run);
@@ -104,10 +108,13 @@ Fiber::Fiber() {
 #endif
 }
 
-void Fiber::start(void (*entry)(), [[maybe_unused]] const std::string& name) {
+void Fiber::start(void (*entry)(), [[maybe_unused]] unsigned x, [[maybe_unused]] unsigned y,
+                  [[maybe_unused]] unsigned z) {
     entry_ = entry;
 #if SIMT_TSAN
-    __tsan_set_fiber_name(sanitizer_, name.c_str());
+    char name[48];
+    std::snprintf(name, sizeof name, "thread (%u, %u, %u)", x, y, z);
+    __tsan_set_fiber_name(sanitizer_, name);
 #endif
 }
 

@@ -1,8 +1,6 @@
 // One CUDA thread's stack, and the switch between it and the scheduler. The sanitizers are told of every switch.
 #pragma once
 
-#include <string>
-
 namespace simt {
 
 class Fiber {
@@ -11,9 +9,9 @@ class Fiber {
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
 
-    // The next resume() begins entry(); a fiber whose entry returned can start again. `name` is for the reports of
-    // ThreadSanitizer, to which a fiber is one thread from its construction on.
-    void start(void (*entry)(), const std::string& name);
+    // The next resume() begins entry(); a fiber whose entry returned can start again. To ThreadSanitizer a fiber is one
+    // thread from its construction on, with the name "thread (x, y, z)" from here on.
+    void start(void (*entry)(), unsigned x, unsigned y, unsigned z);
     // Runs the fiber until it suspends or its entry returns.
     void resume();
     // Within the running fiber: back to resume().

@@ -70,8 +70,8 @@ __global__ void sum_kernel(const float* x, float* sums, float* total, unsigned* 
 
 constexpr int mma_m = 32, mma_n = 32, mma_k = 16;
 
-// c = a b; two warps make a tile of 32 x 32, each 16 rows. Slices of 16 columns of a and rows of b come by cp.async into
-// two buffers, one slice ahead; what lies beyond the matrices is filled with zeros.
+// c = a b; two warps make a tile of 32 x 32, each 16 rows. Slices of 16 columns of a and rows of b come by cp.async
+// into two buffers, one slice ahead; what lies beyond the matrices is filled with zeros.
 template <typename T, Fault fault>
 __global__ void __launch_bounds__(64) matmul_kernel(const T* __restrict__ a,  // [m, lda]  lda, ldb: multiples of 8
                                                     const T* __restrict__ b,  // [k, ldb]

@@ -1,5 +1,5 @@
-// The harness's own tests: right kernels pass, and a planted fault (the tests named planted_...) ends the program with a
-// message that python_tests/simt/test_harness.py expects.
+// The harness's own tests: right kernels pass, and a planted fault (the tests named planted_...) ends the program with
+// a message that python_tests/simt/test_harness.py expects.
 
 #include "simt/harness_kernels.cuh"
 #include "simt/test.h"
@@ -13,8 +13,8 @@ void transpose() {
     const int rows = simt::random_int(33, 63), columns = simt::random_int(65, 95);  // never multiples of the tile
     const Buffer<T> in = simt::random<T>(rows * columns), out = simt::empty<T>(rows * columns);
     const dim3 grid((columns + tile - 1) / tile, (rows + tile - 1) / tile);
-    simt::succeeds(launch(transpose_kernel<T, fault>, grid, dim3(tile, tile_rows), 0, nullptr, in.data(), out.data(), rows,
-                          columns));
+    simt::succeeds(launch(transpose_kernel<T, fault>, grid, dim3(tile, tile_rows), 0, nullptr, in.data(), out.data(),
+                          rows, columns));
     simt::compare("out", out, [&](auto& expected) {
         for (int i = 0; i < rows * columns; ++i) expected[i] = in[i % rows * columns + i / rows];
     });
@@ -27,8 +27,8 @@ void sum() {
     const Buffer<float> x = simt::random<float>(size), sums = simt::empty<float>(blocks), total = simt::empty<float>(1);
     const Buffer<unsigned> finished = simt::empty<unsigned>(1);
     finished[0] = 0;
-    simt::succeeds(launch(sum_kernel<fault>, blocks, threads, threads / 32 * sizeof(float), nullptr, x.data(), sums.data(),
-                          total.data(), finished.data(), size));
+    simt::succeeds(launch(sum_kernel<fault>, blocks, threads, threads / 32 * sizeof(float), nullptr, x.data(),
+                          sums.data(), total.data(), finished.data(), size));
     simt::compare("total", total, [&](auto& expected) {
         expected[0] = 0;
         for (const float value : x) expected[0] += value;
@@ -43,8 +43,8 @@ void matmul() {
     const Buffer<float> c = simt::empty<float>(m * n);
     const dim3 grid((n + mma_n - 1) / mma_n, (m + mma_m - 1) / mma_m);
     const std::size_t shared_bytes = matmul_shared_bytes - (fault == shared_overrun ? 2 : 0);
-    simt::succeeds(launch(matmul_kernel<T, fault>, grid, 64, shared_bytes, nullptr, a.data(), b.data(), c.data(), m, n, k,
-                          lda, ldb));
+    simt::succeeds(launch(matmul_kernel<T, fault>, grid, 64, shared_bytes, nullptr, a.data(), b.data(), c.data(), m, n,
+                          k, lda, ldb));
     simt::compare("c", c, [&](auto& expected) {
         for (int i = 0; i < m * n; ++i) {
             expected[i] = 0;

@@ -16,7 +16,8 @@ extern "C" void __tsan_java_free(const void* memory, std::size_t bytes);
 
 namespace simt {
 
-// ThreadSanitizer's happens-before: everything before release(token) in one thread, and after acquire(token) in another.
+// ThreadSanitizer's happens-before: everything before release(token) in one thread, and after acquire(token) in
+// another.
 inline void release([[maybe_unused]] void* token) {
 #if SIMT_TSAN
     __tsan_release(token);

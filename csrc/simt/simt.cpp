@@ -1,11 +1,12 @@
-// The scheduler: blocks one after another, their threads as fibers that run until they wait. Compiled without sanitizers:
-// what it reads and writes for the threads is no access of theirs.
+// The scheduler: blocks one after another, their threads as fibers that run until they wait. Compiled without
+// sanitizers: what it reads and writes for the threads is no access of theirs.
 
 #include "simt/simt.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <map>
@@ -107,7 +108,8 @@ std::string here() { return launch.kernel + ", block " + text(blockIdx); }
     }
     std::string message = here() + ": threads that must meet went apart:";
     for (const auto& [place, there] : places) {
-        message += "\n  " + std::to_string(there.size()) + " x " + place + ", the first is thread " + text(there[0]->index);
+        const std::string first = text(there[0]->index);
+        message += "\n  " + std::to_string(there.size()) + " x " + place + ", the first is thread " + first;
     }
     throw std::runtime_error(message);
 }
@@ -137,31 +139,37 @@ void thread_main() {
     self->state = Thread::returned;
 }
 
-// The fibers outlive a block, and ThreadSanitizer takes each for one thread that does first this, then that. So there are
-// two sets, in turn, and the blocks run in any order: neighbours in time are unordered, as on a GPU.
+// The fibers outlive a block, and ThreadSanitizer takes each for one thread that does first this, then that. So there
+// are two sets, in turn, and the blocks run in any order: neighbours in time are unordered, as on a GPU.
 std::deque<Thread> fibers[2];
 
+// The next thread to run: any lane that is ready, of any warp or, in half of the blocks, of the last warp where it has
+// one.
 Thread* pick() {
-    std::vector<int> candidates;
-    for (int i = 0; i < block.warp_count; ++i) {
-        if (!block.warps[i].ready.empty()) candidates.push_back(i);
+    int warp = block.last_warp;
+    if (!block.one_warp_at_a_time || block.warps[warp].ready.empty()) {
+        warp = draw(block.warp_count);
+        for (int tries = 0; block.warps[warp].ready.empty(); warp = (warp + 1) % block.warp_count) {
+            if (++tries > block.warp_count) return nullptr;
+        }
     }
-    if (candidates.empty()) return nullptr;
-    if (!block.one_warp_at_a_time || block.warps[block.last_warp].ready.empty()) {
-        block.last_warp = candidates[draw(candidates.size())];
-    }
-    auto& ready = block.warps[block.last_warp].ready;
+    block.last_warp = warp;
+    auto& ready = block.warps[warp].ready;
     std::swap(ready[draw(ready.size())], ready.back());
     Thread* thread = ready.back();
     ready.pop_back();
     return thread;
 }
 
+bool same(const Thread& a, const Thread& b) {
+    return a.what == b.what && a.site.line == b.site.line && !std::strcmp(a.site.file, b.site.file);
+}
+
 // One more thread has arrived; where it was the last, all go on.
 void arrive(Meeting& meeting, const std::vector<Thread*>& members) {
     if (++meeting.arrived < static_cast<int>(members.size())) return;
     for (const Thread* member : members) {
-        if (member->what != members[0]->what || text(member->site) != text(members[0]->site)) fail_apart(members);
+        if (!same(*member, *members[0])) fail_apart(members);
     }
     meeting.arrived = 0;
     ++meeting.generation;
@@ -194,7 +202,7 @@ void run_block(dim3 size) {
         thread->copies.clear();
         thread->landed = 0;
         thread->groups = 0;
-        thread->fiber.start(thread_main, "thread " + text(thread->index));
+        thread->fiber.start(thread_main, thread->index.x, thread->index.y, thread->index.z);
         block.warps[thread->warp].lanes.push_back(thread);
         block.warps[thread->warp].ready.push_back(thread);
         block.threads.push_back(thread);
@@ -238,10 +246,11 @@ const char (*meet(const char* what, unsigned mask, const void* mine, std::size_t
 
 void check_copy(const void* shared, const void* global, int bytes, Site site) {
     const char* begin = static_cast<const char*>(shared);
-    const auto holds = [&](const char* memory, std::size_t size) { return begin >= memory && begin + 16 <= memory + size; };
-    const bool inside = holds(launch.shared, launch.shared_bytes) ||
-                        std::any_of(static_shared().begin(), static_shared().end(),
-                                    [&](const StaticShared& variable) { return holds(variable.memory, variable.bytes); });
+    const auto within = [&](const char* memory, std::size_t size) {
+        return begin >= memory && begin + 16 <= memory + size;
+    };
+    bool inside = within(launch.shared, launch.shared_bytes);
+    for (const StaticShared& variable : static_shared()) inside |= within(variable.memory, variable.bytes);
     if (!inside) fail("cp_async_16 writes outside shared memory", site);
     if (reinterpret_cast<std::uintptr_t>(shared) % 16 || reinterpret_cast<std::uintptr_t>(global) % 16) {
         fail("cp_async_16 needs addresses that are multiples of 16", site);
@@ -352,13 +361,13 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    cudaDeviceProp properties;
-    cudaGetDeviceProperties(&properties, device);
+    cudaDeviceProp device_has;
+    cudaGetDeviceProperties(&device_has, device);
     switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = properties.multiProcessorCount; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = properties.major; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = properties.minor; break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(properties.sharedMemPerBlockOptin); break;
+        case cudaDevAttrMultiProcessorCount: *value = device_has.multiProcessorCount; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = device_has.major; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = device_has.minor; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::shared_limit; break;
     }
     return cudaSetDevice(device);
 }

@@ -1,5 +1,5 @@
-// The program that runs the tests: tests [--seed N] [--seeds COUNT] [NAME...], or tests --list. It prints the kernels that
-// were launched.
+// The program that runs the tests: tests [--seed N] [--seeds COUNT] [NAME...], or tests --list. It prints the kernels
+// that were launched.
 
 #include "simt/test.h"
 

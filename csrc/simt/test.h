@@ -77,8 +77,9 @@ double epsilon() {
 void compare_by_rule(const std::string& what, const std::vector<double>& ours, const std::vector<double>& plain,
                      const std::vector<double>& reference, double epsilon, bool is_double);
 
-// `formula(out)` fills out, a std::vector<S>&, computing in S: in double it is the reference, in float (rounded to T) the
-// plain result. Ours may be as far from the reference as the plain one and little more, by python_tests/float64_rule.py.
+// `formula(out)` fills out, a std::vector<S>&, computing in S: in double it is the reference, in float (rounded to T)
+// the plain result. Ours may be as far from the reference as the plain one and little more, by
+// python_tests/float64_rule.py.
 template <typename T, typename Formula>
 void compare(const std::string& what, const Buffer<T>& ours, Formula formula) {
     std::vector<double> reference(ours.size());
