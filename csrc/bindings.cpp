@@ -14,6 +14,7 @@
 #include <cstring>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention/attention.h"
@@ -22,6 +23,7 @@
 #include "common/isa.h"
 #include "retrieval/retrieval.h"
 #include "spectral_norm/spectral_norm.h"
+#include "spectral_norm/spectral_norm_cuda.h"
 
 namespace py = pybind11;
 
@@ -103,36 +105,94 @@ std::vector<std::size_t> longest_first(const Sizes& rows, const Sizes& columns) 
     return order;
 }
 
-int spectral_norm_forward(const Addresses& weights, const Addresses& u, const Addresses& v, const Addresses& normalized,
-                          const Addresses& u_new, const Addresses& v_new, const Sizes& rows, const Sizes& columns,
-                          const Sizes& inner, std::uintptr_t sigma, int iterations, double eps, int dtype,
-                          int normalized_dtype, std::uintptr_t workspace, int threads) {
+std::vector<SpectralNormForwardMatrix> forward_matrices(const Addresses& weights, const Addresses& u,
+                                                        const Addresses& v, const Addresses& normalized,
+                                                        const Addresses& u_new, const Addresses& v_new,
+                                                        const Sizes& rows, const Sizes& columns, const Sizes& inner) {
     std::vector<SpectralNormForwardMatrix> matrices;
     for (const std::size_t i : longest_first(rows, columns)) {
         matrices.push_back({pointer<const void>(weights[i]), pointer<const void>(u[i]), pointer<const void>(v[i]),
                             pointer<void>(normalized[i]), pointer<void>(u_new[i]), pointer<void>(v_new[i]), rows[i],
                             columns[i], inner[i], static_cast<std::int64_t>(i)});
     }
+    return matrices;
+}
+
+std::vector<SpectralNormBackwardMatrix> backward_matrices(const Addresses& gradients, const Addresses& weights,
+                                                          const Addresses& u, const Addresses& v,
+                                                          const Addresses& weight_gradients, const Sizes& rows,
+                                                          const Sizes& columns, const Sizes& inner) {
+    std::vector<SpectralNormBackwardMatrix> matrices;
+    for (const std::size_t i : longest_first(rows, columns)) {
+        matrices.push_back({pointer<const void>(gradients[i]), pointer<const void>(weights[i]),
+                            pointer<const void>(u[i]), pointer<const void>(v[i]), pointer<void>(weight_gradients[i]),
+                            rows[i], columns[i], inner[i], static_cast<std::int64_t>(i)});
+    }
+    return matrices;
+}
+
+int spectral_norm_forward(const Addresses& weights, const Addresses& u, const Addresses& v, const Addresses& normalized,
+                          const Addresses& u_new, const Addresses& v_new, const Sizes& rows, const Sizes& columns,
+                          const Sizes& inner, std::uintptr_t sigma, int iterations, double eps, int dtype,
+                          int normalized_dtype, std::uintptr_t workspace, int threads) {
+    const auto matrices = forward_matrices(weights, u, v, normalized, u_new, v_new, rows, columns, inner);
     py::gil_scoped_release release;
     return for_isa(SABMN_VARIANTS(spectral_norm_forward))(
         matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma), iterations, eps,
-        static_cast<DType>(dtype), static_cast<DType>(normalized_dtype), pointer<void>(workspace), usable_threads(threads));
+        static_cast<DType>(dtype), static_cast<DType>(normalized_dtype), pointer<void>(workspace),
+        usable_threads(threads));
 }
 
 int spectral_norm_backward(const Addresses& gradients, const Addresses& weights, const Addresses& u, const Addresses& v,
-                           const Addresses& weight_gradients, const Sizes& rows, const Sizes& columns, const Sizes& inner,
-                           std::uintptr_t sigma, int dtype, int normalized_dtype, std::uintptr_t workspace, int threads) {
-    std::vector<SpectralNormBackwardMatrix> matrices;
-    for (const std::size_t i : longest_first(rows, columns)) {
-        matrices.push_back({pointer<const void>(gradients[i]), pointer<const void>(weights[i]), pointer<const void>(u[i]),
-                            pointer<const void>(v[i]), pointer<void>(weight_gradients[i]), rows[i], columns[i], inner[i],
-                            static_cast<std::int64_t>(i)});
-    }
+                           const Addresses& weight_gradients, const Sizes& rows, const Sizes& columns,
+                           const Sizes& inner, std::uintptr_t sigma, int dtype, int normalized_dtype,
+                           std::uintptr_t workspace, int threads) {
+    const auto matrices = backward_matrices(gradients, weights, u, v, weight_gradients, rows, columns, inner);
     py::gil_scoped_release release;
     return for_isa(SABMN_VARIANTS(spectral_norm_backward))(
         matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma), static_cast<DType>(dtype),
         static_cast<DType>(normalized_dtype), pointer<void>(workspace), usable_threads(threads));
 }
+
+#ifdef SABMN_CUDA_TARGETS
+// (forward, backward)
+std::pair<std::int64_t, std::int64_t> spectral_norm_launch_workspace(const Sizes& rows, const Sizes& columns,
+                                                                     int dtype) {
+    const SpectralNormCudaBytes bytes = spectral_norm_cuda_workspace(
+        rows.data(), columns.data(), static_cast<std::int64_t>(rows.size()), static_cast<DType>(dtype));
+    return {bytes.forward, bytes.backward};
+}
+
+int spectral_norm_forward_launch(const Addresses& weights, const Addresses& u, const Addresses& v,
+                                 const Addresses& normalized, const Addresses& u_new, const Addresses& v_new,
+                                 const Sizes& rows, const Sizes& columns, const Sizes& inner, std::uintptr_t sigma,
+                                 int iterations, double eps, int dtype, int normalized_dtype, std::uintptr_t workspace,
+                                 std::uintptr_t stream) {
+    const auto matrices = forward_matrices(weights, u, v, normalized, u_new, v_new, rows, columns, inner);
+    py::gil_scoped_release release;
+    return spectral_norm_forward_cuda(matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma),
+                                      iterations, eps, static_cast<DType>(dtype), static_cast<DType>(normalized_dtype),
+                                      pointer<void>(workspace), pointer<void>(stream));
+}
+
+int spectral_norm_backward_launch(const Addresses& gradients, const Addresses& weights, const Addresses& u,
+                                  const Addresses& v, const Addresses& weight_gradients, const Sizes& rows,
+                                  const Sizes& columns, const Sizes& inner, std::uintptr_t sigma, int dtype,
+                                  int normalized_dtype, std::uintptr_t workspace, std::uintptr_t stream) {
+    const auto matrices = backward_matrices(gradients, weights, u, v, weight_gradients, rows, columns, inner);
+    py::gil_scoped_release release;
+    return spectral_norm_backward_cuda(
+        matrices.data(), static_cast<std::int64_t>(matrices.size()), pointer<void>(sigma), static_cast<DType>(dtype),
+        static_cast<DType>(normalized_dtype), pointer<void>(workspace), pointer<void>(stream));
+}
+
+void define_spectral_norm_cuda(py::module_& m) {
+    m.def("cuda_error", cuda_error_text);
+    m.def("spectral_norm_cuda_workspace", spectral_norm_launch_workspace);
+    m.def("spectral_norm_forward_cuda", spectral_norm_forward_launch);
+    m.def("spectral_norm_backward_cuda", spectral_norm_backward_launch);
+}
+#endif
 
 // ---- retrieval ----
 
@@ -297,6 +357,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
     m.def("build_info", build_info);
 #ifdef SABMN_CUDA_TARGETS
     m.def("cuda_info", cuda_info);
+    define_spectral_norm_cuda(m);
 #endif
     m.def("spectral_norm_workspace", spectral_norm_workspace);
     m.def("spectral_norm_forward", spectral_norm_forward);

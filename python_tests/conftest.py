@@ -1,4 +1,4 @@
-"""The seed of the randomised tests, and the tests' shared helpers (python_tests/*.py) on the path."""
+"""The seed of the randomised tests, and on the path what tests import: python_tests/*.py and benchmarks/*.py."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

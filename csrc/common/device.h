@@ -21,4 +21,7 @@ struct CudaReport {
 
 CudaReport cuda_report();
 
+// CUDA's own words for a status of cuda_error (common/dtype.h) or more.
+std::string cuda_error_text(int status);
+
 }  // namespace sabmn

@@ -2,6 +2,7 @@
 
 #include "common/cuda.h"
 #include "common/device.h"
+#include "common/dtype.h"
 
 namespace sabmn {
 
@@ -40,5 +41,7 @@ CudaReport cuda_report() {
     cudaSetDevice(current);
     return report;
 }
+
+std::string cuda_error_text(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status - cuda_error)); }
 
 }  // namespace sabmn

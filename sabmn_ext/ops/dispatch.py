@@ -7,6 +7,7 @@ fallback. What ran is recorded: see ``record``.
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -49,6 +50,43 @@ def native_cpu(*dtypes: torch.dtype) -> WhyNot:
         return None
 
     return why_not
+
+
+def native_cuda(*dtypes: torch.dtype) -> WhyNot:
+    """The rule of a compiled CUDA kernel that serves tensors on an NVIDIA GPU in the given dtypes."""
+
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        if _native.module is None:
+            return _native.missing_reason
+        build = _native.module.build_info()
+        if not build["cuda_targets"]:
+            return f"the native module was built without CUDA: {build['cuda_missing']}"
+        if device.type != "cuda" or torch.version.cuda is None:
+            return f"it serves tensors on an NVIDIA GPU, not on {device.type}"
+        if dtype not in dtypes:
+            return f"it serves {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {dtype}"
+        capability = torch.cuda.get_device_capability(device)
+        if not any(runs_on(target, capability) for target in build["cuda_targets"]):
+            return f"it was compiled for {', '.join(build['cuda_targets'])}, not for a GPU of capability {capability}"
+        return None
+
+    return why_not
+
+
+def runs_on(target: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``target`` runs on a GPU: ``sm_80`` on 8.0 and later 8.x, ``compute_80`` on all that is newer.
+
+    The suffix a (``sm_90a``) is for the one capability, f for its family.
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", target)
+    if match is None:
+        raise ValueError(f"target '{target}' is no CUDA architecture; expected a name such as sm_90 or compute_120")
+    built = divmod(int(match[2]), 10)
+    if match[3] == "a":
+        return built == capability
+    if match[3] == "f" or match[1] == "sm":
+        return built[0] == capability[0] and built[1] <= capability[1]
+    return built <= capability
 
 
 def triton(*dtypes: torch.dtype) -> WhyNot:
@@ -128,8 +166,17 @@ def record() -> Iterator[list[tuple[str, str]]]:
         _records[:] = [other for other in _records if other is not calls]
 
 
+# The meaning of a native function's status: csrc/common/dtype.h.
+_STATUS = {1: "there is no kernel for these dtypes", 2: "2³¹ rows or columns are too many"}
+_CUDA_ERROR = 1000
+
+
 def check_status(status: int, operation: str, *tensors: torch.Tensor) -> None:
-    """Turn the status of a native call into an error that names the operation and its shapes."""
+    """Turn the status of a native call into an error that says why, and names the operation and its shapes."""
     if status:
+        if status >= _CUDA_ERROR and _native.module is not None:
+            reason = f"CUDA says: {_native.module.cuda_error(status)}"
+        else:
+            reason = _STATUS.get(status, f"status {status}")
         shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors)
-        raise RuntimeError(f"the native {operation} failed with status {status} for tensors {shapes}")
+        raise RuntimeError(f"the native {operation} failed for tensors {shapes}: {reason}")

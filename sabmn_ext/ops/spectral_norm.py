@@ -30,8 +30,9 @@ _library.define(
 for _operation in ("spectral_norm_forward", "spectral_norm_backward"):
     dispatch.register(
         _operation,
-        cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
+        cuda=dispatch.native_cuda(*dispatch.DTYPE_CODES),
         triton=dispatch.triton(*dispatch.DTYPE_CODES),
+        cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
     )
 
 # The memory of normalised weights and of gradients on the CPU.

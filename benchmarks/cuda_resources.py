@@ -1,0 +1,143 @@
+"""Registers, spills, shared memory and occupancy of every CUDA kernel, from the compiler's report; without a GPU.
+
+    python benchmarks/cuda_resources.py [--targets sm_80 sm_90 ...]
+"""
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel is launched: threads a block, dynamic shared memory at most, blocks that are to share an SM."""
+
+    threads: int
+    blocks_per_sm: int
+    dynamic_shared: int = 0
+
+
+PLANS = {
+    "device_probe_kernel": Plan(threads=1, blocks_per_sm=1),
+    "spectral_norm_forward_rows_kernel": Plan(threads=256, blocks_per_sm=3),
+    "spectral_norm_forward_columns_kernel": Plan(threads=256, blocks_per_sm=6),
+    "spectral_norm_forward_scale_kernel": Plan(threads=256, blocks_per_sm=3),
+    "spectral_norm_backward_dot_kernel": Plan(threads=256, blocks_per_sm=5),
+    "spectral_norm_backward_rows_kernel": Plan(threads=256, blocks_per_sm=3),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of an SM (CUDA programming guide, compute capabilities); shared memory in bytes."""
+
+    threads: int
+    blocks: int
+    shared: int
+    shared_per_block: int
+    registers: int = 65536
+
+
+LIMITS = {
+    "sm_80": Limits(2048, 32, 164 << 10, 163 << 10),
+    "sm_90": Limits(2048, 32, 228 << 10, 227 << 10),
+    "sm_100": Limits(2048, 32, 228 << 10, 227 << 10),
+    "sm_120": Limits(1536, 24, 100 << 10, 99 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes on one architecture; bytes but for the registers of a thread."""
+
+    kernel: str  # with its types
+    target: str
+    registers: int
+    stack: int
+    spills: int
+    static_shared: int
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"<.*", "", self.kernel)
+
+    @property
+    def shared(self) -> int:
+        return self.static_shared + PLANS[self.name].dynamic_shared
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that fit an SM: registers come in units of 256 a warp, shared memory with 1 KB a block."""
+        limits, warps = LIMITS[self.target], -(-PLANS[self.name].threads // 32)
+        registers = -(-self.registers * 32 // 256) * 256 * warps
+        return min(
+            limits.threads // (32 * warps),
+            limits.blocks,
+            limits.registers // registers,
+            limits.shared // (self.shared + 1024),
+        )
+
+
+def shipped_targets() -> list[str]:
+    """The architectures of setup.py that machine code is shipped for."""
+    match = re.search(r"^CUDA_TARGETS = (\[.*\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert match, "setup.py has no line CUDA_TARGETS = [...]"
+    return [target for target in ast.literal_eval(match[1]) if target.startswith("sm_")]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def resources(source: Path, target: str, nvcc: str) -> list[Resources]:
+    """Compile one source for one architecture and read what ptxas says of its kernels."""
+    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={target}", "-Xptxas", "-v", "-cubin"]
+    result = subprocess.run([*command, source, "-o", os.devnull], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{source.name} does not compile for {target}:\n{result.stderr}")
+    readable = subprocess.run(["c++filt"], input=result.stderr, capture_output=True, text=True, check=True).stdout
+    report = re.compile(
+        r"Compiling entry function '(?:void )?([^\n]*)' for.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers(.*?)\n",
+        re.DOTALL,
+    )
+    found = []
+    for signature, stack, stores, loads, registers, rest in report.findall(readable):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernel = re.sub(r"\(anonymous namespace\)::|sabmn::", "", signature)
+        kernel = re.sub(r"\((?!anonymous).*", "", kernel)
+        static_shared = int(shared[1]) if shared else 0
+        found.append(Resources(kernel, target, int(registers), int(stack), int(stores) + int(loads), static_shared))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=shipped_targets(), choices=sorted(LIMITS))
+    options = parser.parse_args()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise SystemExit("error: no nvcc found (CUDA_HOME, PATH)")
+    print(f"{'kernel':<62} {'GPU':<7} registers  spills  local  shared  blocks/SM (planned)  threads of the SM's")
+    for source in SOURCES:
+        for target in options.targets:
+            for kernel in sorted(resources(source, target, nvcc), key=lambda k: k.kernel):
+                plan = PLANS[kernel.name]
+                share = kernel.blocks_per_sm * plan.threads / LIMITS[target].threads
+                print(
+                    f"{kernel.kernel:<62} {target:<7} {kernel.registers:9} {kernel.spills:7} {kernel.stack:6} "
+                    f"{kernel.shared:7} {kernel.blocks_per_sm:9} ({plan.blocks_per_sm}) {share:24.0%}"
+                )
+
+
+if __name__ == "__main__":
+    main()

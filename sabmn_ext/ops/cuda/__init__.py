@@ -1,0 +1,1 @@
+"""How the compiled CUDA kernels are called, one file per operation."""
