@@ -119,8 +119,8 @@ def main() -> None:
     shapes = network_shapes()
     values = sum(rows * columns for rows, columns, _ in shapes)
     t, o = BYTES[options.weights], BYTES[options.normalized]
-    print(f"{len(shapes)} weights, {values / 1e6:.1f} M values, {options.weights} → {options.normalized}; MB = 10⁶ bytes")
-    print(f"{'launch':<17} {'distinct':>9} {'floor':>8} {'ratio':>6} {'read again':>11}")
+    print(f"{len(shapes)} weights, {values / 1e6:.1f} M values, {options.weights} → {options.normalized}")
+    print(f"{'launch':<17} {'distinct':>9} {'floor':>8} {'ratio':>6} {'read again':>11}  in MB")
     launches = traffic(shapes, options.weights, options.normalized)
     for name, launch in launches.items():
         print(
@@ -129,7 +129,7 @@ def main() -> None:
         )
     for way, floor in (("forward", values * (t + o)), ("backward", values * (2 * t + o))):
         total = sum(launch.distinct for name, launch in launches.items() if name.startswith(way))
-        print(f"{way}: all launches {total / 1e6:.0f} MB, one-pass floor {floor / 1e6:.0f} MB, ratio {total / floor:.2f}")
+        print(f"{way}: launches {total / 1e6:.0f} MB, one-pass floor {floor / 1e6:.0f} MB, ratio {total / floor:.2f}")
 
 
 if __name__ == "__main__":
