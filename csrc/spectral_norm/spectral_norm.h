@@ -27,7 +27,7 @@ struct SpectralNormBackwardMatrix {
     const void* weight;     // [rows, columns]
     const void* u;          // [rows]     those that the forward pass ended with
     const void* v;          // [columns]
-    void* weight_gradient;  // [rows, columns]
+    void* weight_gradient;  // [rows, columns]  may be `gradient` itself where it has the weight's dtype
     std::int64_t rows, columns, inner;
     std::int64_t index;  // of its sigma
 };

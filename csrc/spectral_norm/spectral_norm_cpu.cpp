@@ -347,7 +347,9 @@ struct Backward {
             const O* g = static_cast<const O*>(m.gradient) + row * m.columns;
             T* out = static_cast<T*>(m.weight_gradient) + row * m.columns;
             const S factor = static_cast<S>(workspaces[index].sum[0] * static_cast<double>(widen(static_cast<const T*>(m.u)[row])));
-            write(out, m.columns, streaming, [=](int64_t i) { return (widen(g[i]) - factor * v[i]) * inverse; });
+            // What was read is in the cache: written over, it does not go past it.
+            const bool past_caches = streaming && static_cast<const void*>(out) != static_cast<const void*>(g);
+            write(out, m.columns, past_caches, [=](int64_t i) { return (widen(g[i]) - factor * v[i]) * inverse; });
         }
         stream_fence();
     }

@@ -131,7 +131,7 @@ class SpectralNorm(nn.Module):
 
     def _serves(self, kept: Tensor, weight: Tensor) -> bool:
         """Whether the weight normalised earlier in this forward has the dtype and the gradient that are needed here."""
-        if kept.dtype not in (weight.dtype, compute_dtype(weight)):
+        if kept.dtype != weight.dtype and kept.dtype != compute_dtype(weight):
             return False  # made under autocast, which is off here
         return kept.requires_grad or not (weight.requires_grad and torch.is_grad_enabled())
 

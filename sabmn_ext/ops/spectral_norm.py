@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sabmn_ext.ops import dispatch, reference
 from sabmn_ext.ops.cpu.buffers import Buffers
+from sabmn_ext.ops.cpu.unshared import unshared
 
 Tensors = Sequence[Tensor]
 
@@ -175,18 +176,24 @@ class _SpectralNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         n = ctx.count
         *weights, u, v, sigma = ctx.saved_tensors
+        may_change = unshared(gradients)
         used = [i for i in range(n) if gradients[i] is not None and ctx.needs_input_grad[6 + i]]
         results: list[Tensor | None] = [None] * n
         if used:
             if len(used) < n:
                 u, v = (torch.cat([_split(t, weights, k)[i] for i in used]) for k, t in enumerate((u, v)))
                 sigma = torch.stack([sigma[i] for i in used])
-            used_weights, used_gradients = [weights[i] for i in used], [gradients[i] for i in used]
+            used_weights = [weights[i] for i in used]
+            used_gradients: list[Any] = [gradients[i] for i in used]
             if torch.compiler.is_compiling():
                 # The compiler cannot call a Function of varying arity in here; compiled graphs refuse second
                 # derivatives by themselves, so nothing is lost.
                 weight_gradients = torch.ops.sabmn_ext.spectral_norm_backward(
                     used_gradients, used_weights, u, v, sigma, ctx.backend
+                )
+            elif any(may_change):  # and then nothing differentiates this pass
+                weight_gradients = _backward(
+                    used_gradients, used_weights, u, v, sigma, ctx.backend, [may_change[i] for i in used]
                 )
             else:
                 weight_gradients = _SpectralNormBackward.apply(
@@ -255,7 +262,7 @@ def _dense(weight: Tensor) -> tuple[Tensor, int]:
 
 
 def _empty_like(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    if tensors[0].device.type == "cpu":
+    if all(t.device.type == "cpu" for t in tensors):
         return _buffers.empty_like(tensors, dtype)
     return [torch.empty_like(t, dtype=dtype) for t in tensors]
 
@@ -263,9 +270,16 @@ def _empty_like(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def _like(results: Tensors, weights: Tensors) -> list[Tensor]:
     """``results`` in the memory format of ``weights``."""
     return [
-        result if result.stride() == weight.stride() else torch.empty_like(weight, dtype=result.dtype).copy_(result)
+        result if _same_layout(result, weight) else torch.empty_like(weight, dtype=result.dtype).copy_(result)
         for result, weight in zip(results, weights, strict=True)
     ]
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike. The stride of a dimension of size 1 says nothing."""
+    if a.stride() == b.stride():
+        return True
+    return all(i == j or n == 1 for i, j, n in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
 def _forward(
@@ -313,8 +327,15 @@ def check_sigma(names: Sequence[str], sigma: Tensor) -> None:
 
 
 def _backward(
-    gradients: Tensors, weights: Tensors, u: Tensor, v: Tensor, sigma: Tensor, backend: str
+    gradients: Tensors,
+    weights: Tensors,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    backend: str,
+    may_change: Sequence[bool] | None = None,
 ) -> list[Tensor]:
+    """``may_change``: gradients that may be written over with the result."""
     taken = dispatch.choose("spectral_norm_backward", backend, sigma.device, weights[0].dtype)
     vectors = (_split(u, weights, 0), _split(v, weights, 1))
     if taken == "torch":
@@ -324,7 +345,11 @@ def _backward(
         return _like(results, weights)
     dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
     gradients = _like(gradients, dense)
-    results = _empty_like(dense, weights[0].dtype)
+    if taken == "cpu" and may_change is not None and gradients[0].dtype == weights[0].dtype:
+        fresh = iter(_empty_like([w for w, mine in zip(dense, may_change, strict=True) if not mine], weights[0].dtype))
+        results = [g if mine else next(fresh) for g, mine in zip(gradients, may_change, strict=True)]
+    else:
+        results = _empty_like(dense, weights[0].dtype)
     _kernels(taken).backward(gradients, dense, *vectors, inner, sigma.contiguous(), results)
     return _like(results, weights)
 

@@ -56,10 +56,10 @@ class Buffers:
         if nbytes < MIN_BYTES:
             return torch.empty_like(tensor, dtype=dtype)
         buffers = self._buffers.setdefault(nbytes, [])
-        buffer = next((b for b in buffers if b.is_free()), None)
-        if buffer is None:
-            buffer = _Buffer(nbytes)
-            buffers.append(buffer)
+        # The longest unused ones come first.
+        i = next((i for i, b in enumerate(buffers) if b.is_free()), None)
+        buffer = _Buffer(nbytes) if i is None else buffers.pop(i)
+        buffers.append(buffer)
         buffer.last_used = self._calls
         return torch.frombuffer(buffer.bytes, dtype=dtype).as_strided(tensor.shape, tensor.stride())
 
