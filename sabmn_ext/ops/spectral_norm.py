@@ -117,7 +117,7 @@ def spectral_norm(
         normalized += outputs
         vectors.append(made)
     u_new, v_new, sigma = map(torch.cat, zip(*vectors, strict=True)) if len(vectors) > 1 else vectors[0]
-    return normalized, _split(u_new, weights, 0), _split(v_new, weights, 1), sigma
+    return normalized, _split(u_new, _lengths(u)), _split(v_new, _lengths(v)), sigma
 
 
 def _sizes(weight: Tensor) -> tuple[int, int]:
@@ -126,9 +126,19 @@ def _sizes(weight: Tensor) -> tuple[int, int]:
     return rows, weight.numel() // max(rows, 1)
 
 
-def _split(vectors: Tensor, weights: Tensors, side: int) -> list[Tensor]:
-    """The u (``side`` 0) or v (1) of each weight, as views of the tensor that holds them one after the other."""
-    return list(vectors.split([_sizes(weight)[side] for weight in weights]))
+def _lengths(vectors: Tensors) -> list[int]:
+    return [vector.numel() for vector in vectors]
+
+
+def _split(vectors: Tensor, lengths: list[int]) -> list[Tensor]:
+    """The vector of each weight, as views of the tensor that holds them one after the other."""
+    return list(vectors.split(lengths))
+
+
+def _split_both(u: Tensor, v: Tensor, weights: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    """The u and the v of each weight."""
+    rows, columns = zip(*map(_sizes, weights), strict=True)
+    return _split(u, list(rows)), _split(v, list(columns))
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -181,7 +191,7 @@ class _SpectralNorm(torch.autograd.Function):
         results: list[Tensor | None] = [None] * n
         if used:
             if len(used) < n:
-                u, v = (torch.cat([_split(t, weights, k)[i] for i in used]) for k, t in enumerate((u, v)))
+                u, v = (torch.cat([vectors[i] for i in used]) for vectors in _split_both(u, v, weights))
                 sigma = torch.stack([sigma[i] for i in used])
             used_weights = [weights[i] for i in used]
             used_gradients: list[Any] = [gradients[i] for i in used]
@@ -225,7 +235,7 @@ class _SpectralNormBackward(torch.autograd.Function):
         n = ctx.count
         *matrices, all_u, all_v = ctx.saved_tensors
         gradients, weights = matrices[:n], matrices[n:]
-        u, v = _split(all_u, weights, 0), _split(all_v, weights, 1)
+        u, v = _split_both(all_u, all_v, weights)
         results: list[Tensor | None] = [None] * (2 * n)
         for i, cotangent in enumerate(cotangents):
             if cotangent is not None:
@@ -306,9 +316,10 @@ def _forward(
         dense, inner = (list(column) for column in zip(*map(_dense, weights), strict=True))
         normalized = _empty_like(dense, dtype or first.dtype)
         u, v = [t.contiguous() for t in u], [t.contiguous() for t in v]
-        u_new, v_new = (first.new_empty(sum(t.numel() for t in vectors)) for vectors in (u, v))
+        rows, columns = _lengths(u), _lengths(v)
+        u_new, v_new = first.new_empty(sum(rows)), first.new_empty(sum(columns))
         sigma = first.new_empty(len(weights), dtype=reference.wide(first.dtype))
-        new = (_split(u_new, weights, 0), _split(v_new, weights, 1))
+        new = (_split(u_new, rows), _split(v_new, columns))
         _kernels(taken).forward(dense, u, v, normalized, *new, inner, sigma, n_power_iterations, eps)
     if sigma.device.type == "cpu":
         check_sigma(names, sigma)
@@ -337,7 +348,7 @@ def _backward(
 ) -> list[Tensor]:
     """``may_change``: gradients that may be written over with the result."""
     taken = dispatch.choose("spectral_norm_backward", backend, sigma.device, weights[0].dtype)
-    vectors = (_split(u, weights, 0), _split(v, weights, 1))
+    vectors = _split_both(u, v, weights)
     if taken == "torch":
         results = [
             reference.spectral_norm_backward(*inputs) for inputs in zip(gradients, weights, *vectors, strict=True)
