@@ -1,0 +1,125 @@
+"""The results of attention_bench.py: a row for each candidate, as a table, a CSV file and a plot."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate in one pass of one setting. Times are medians; None where there is nothing to say."""
+
+    shape: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    reduced: int
+    form: str
+    memory_format: str
+    device: str
+    threads: int
+    dtype: str
+    pass_: str
+    candidate: str
+    backend: str | None  # that the dispatcher recorded, for ours
+    rounds: int
+    milliseconds: float
+    lower_quartile_ms: float
+    upper_quartile_ms: float
+    gflops: float  # 10⁹ operations a second
+    mm_gflops: float  # of torch's 2048³ product, measured in the same rounds
+    share_of_mm: float
+    share_of_copy: float | None  # the time that the least bytes would take at the rate of a copy, over the time taken
+    times_ours: float | None  # this candidate's time over ours
+    peak_bytes: int | None
+
+    @property
+    def setting(self) -> str:
+        sizes = f"B {self.batch}, C {self.channels}, {self.height}×{self.width}, d {self.reduced}"
+        name = f"{self.shape}: " if self.shape.startswith("stage") else ""
+        return f"{name}{sizes}, {self.memory_format}, {threads(self.threads)}"
+
+
+def threads(count: int) -> str:
+    return f"{count} thread{'s' if count != 1 else ''}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One setting's rows under a heading."""
+    copies = any(row.share_of_copy is not None for row in rows)
+    heading = f"{'pass':<18} {'dtype':<5} {'candidate':<14} {'backend':<7} {'ms':>9} {'GF/s':>9} {'of mm':>6}"
+    heading += f"{' of copy' if copies else ''} {'/ ours':>7} {'peak MB':>8}"
+    lines, before = [rows[0].setting, heading], None
+    for row in rows:
+        group = (row.pass_, row.dtype)
+        first = group if group != before else ("", "")
+        before = group
+        line = f"{first[0]:<18} {first[1]:<5} {row.candidate:<14} {row.backend or '':<7} "
+        line += f"{row.milliseconds:>9.3f} {row.gflops:>9.1f} {row.share_of_mm:>6.2f}"
+        line += f" {row.share_of_copy:>7.2f}" if row.share_of_copy is not None else " " * 8 * copies
+        line += f" {row.times_ours:>7.2f}" if row.times_ours is not None else " " * 8
+        lines.append(line + (f" {row.peak_bytes / 1e6:>8.1f}" if row.peak_bytes is not None else " " * 9))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    """Every field of every row."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Bars of GF/s for each shape and candidate, the product's rate above them: a column for each pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = list(dict.fromkeys((row.dtype, row.memory_format, row.threads) for row in rows))
+    passes = list(dict.fromkeys(row.pass_ for row in rows))
+    names = list(dict.fromkeys(row.candidate for row in rows))
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    size = (1.5 + len(passes) * max(3.5, 0.5 + 0.3 * len(shapes) * (len(names) + 1)), 0.9 + 3.4 * len(settings))
+    figure, axes = pyplot.subplots(len(settings), len(passes), figsize=size, squeeze=False, sharey="row")
+    for line, setting in zip(axes, settings, strict=True):
+        for axis, pass_ in zip(line, passes, strict=True):
+            here = [r for r in rows if (r.dtype, r.memory_format, r.threads) == setting and r.pass_ == pass_]
+            _bars(axis, here, shapes, names)
+            axis.set_title(f"{pass_}, {setting[0]}, {setting[1]}, {threads(setting[2])}", fontsize=10)
+        line[0].set_ylabel("GF/s")
+    handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.suptitle("Self-attention block: rate of the counted operations, and median ms (higher bars are faster)")
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(len(handles), 6), frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _bars(axis: Any, rows: Sequence[Row], shapes: list[str], names: list[str]) -> None:
+    width = 0.84 / len(names)
+    for i, name in enumerate(names):
+        found = [row for row in rows if row.candidate == name]
+        places = [shapes.index(row.shape) - 0.42 + (i + 0.5) * width for row in found]
+        bars = axis.bar(places, [row.gflops for row in found], 0.92 * width, label=name, color=f"C{i}")
+        labels = [f"{row.milliseconds:.3g}" for row in found]
+        axis.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
+    for j, shape in enumerate(shapes):
+        for rate in {row.mm_gflops for row in rows if row.shape == shape}:
+            axis.hlines(rate, j - 0.45, j + 0.45, "black", "dashed", linewidth=1, label="torch.mm, 2048³")
+    one = {row.shape: row for row in rows}
+    labels = [_two_lines(one[shape]) if shape in one else shape for shape in shapes]
+    axis.set_xticks(range(len(shapes)), labels, fontsize=8)
+    axis.set_xlim(-0.55, len(shapes) - 0.45)
+    axis.margins(y=0.14)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _two_lines(row: Row) -> str:
+    if not row.shape.startswith("stage"):
+        return row.shape
+    return f"stage {row.shape.removeprefix('stage')}\nN {row.height * row.width}, C {row.channels}"
