@@ -48,7 +48,7 @@ from attention_cases import (
 from attention_report import Row, plot, table, threads, write_csv
 from attention_targets import target_table, targets
 from peak_memory import fresh_process, peak_bytes
-from timing import Run, sgemm, timed, wall_clock
+from timing import Run, sgemm, synchronize, timed, wall_clock
 from torch import nn
 
 from sabmn_ext.ops import dispatch
@@ -231,15 +231,16 @@ def peak(setting: Setting, pass_: str, key: Key) -> int | None:
 
 
 def write_trace(traced: list[tuple[Setting, str, Run]], path: Path) -> None:
-    """One call of every candidate, after one to warm up, each under its own label."""
-    for _, _, run in traced:
-        run()
+    """One call of every candidate under its own label, and before it one to warm up (or to compile)."""
     with torch.profiler.profile() as profile:
         for setting, label, run in traced:
             torch.set_num_threads(setting.threads)
+            torch.compiler.reset()
             where = f"{setting.shape.name} {setting.memory_format} {threads(setting.threads)}"
-            with torch.profiler.record_function(f"{where}: {label}"):
-                run()
+            for call in ("warm-up", f"{where}: {label}"):
+                with torch.profiler.record_function(call):
+                    run()
+                    synchronize()
     profile.export_chrome_trace(str(path))
 
 

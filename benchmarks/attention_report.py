@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+MM_LABEL = "torch.mm, 2048³"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -93,9 +95,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axis.set_title(f"{pass_}, {setting[0]}, {setting[1]}, {threads(setting[2])}", fontsize=10)
         line[0].set_ylabel("GF/s")
     handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.suptitle("Self-attention block: rate of the counted operations, and median ms (higher bars are faster)")
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(len(handles), 6), frameon=False)
-    figure.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
+    labels = [*names, MM_LABEL]
+    columns = min(len(labels), 3 * len(passes))
+    figure.legend([handles[label] for label in labels], labels, loc="lower center", ncols=columns, frameon=False)
+    figure.suptitle(f"Self-attention on {rows[0].device}: GF/s, and median time (higher bars are faster)", fontsize=11)
+    below = (0.1 + 0.25 * -(-len(labels) // columns)) / size[1]
+    figure.tight_layout(rect=(0, below, 1, 1 - 0.1 / size[1]))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -106,16 +111,16 @@ def _bars(axis: Any, rows: Sequence[Row], shapes: list[str], names: list[str]) -
         found = [row for row in rows if row.candidate == name]
         places = [shapes.index(row.shape) - 0.42 + (i + 0.5) * width for row in found]
         bars = axis.bar(places, [row.gflops for row in found], 0.92 * width, label=name, color=f"C{i}")
-        labels = [f"{row.milliseconds:.3g}" for row in found]
+        labels = [f"{row.milliseconds:.{2 if row.milliseconds < 10 else 1}f} ms" for row in found]
         axis.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
     for j, shape in enumerate(shapes):
         for rate in {row.mm_gflops for row in rows if row.shape == shape}:
-            axis.hlines(rate, j - 0.45, j + 0.45, "black", "dashed", linewidth=1, label="torch.mm, 2048³")
+            axis.hlines(rate, j - 0.45, j + 0.45, "black", "dashed", linewidth=1, label=MM_LABEL)
     one = {row.shape: row for row in rows}
     labels = [_two_lines(one[shape]) if shape in one else shape for shape in shapes]
     axis.set_xticks(range(len(shapes)), labels, fontsize=8)
     axis.set_xlim(-0.55, len(shapes) - 0.45)
-    axis.margins(y=0.14)
+    axis.margins(y=0.2)
     axis.spines[["top", "right"]].set_visible(False)
 
 
