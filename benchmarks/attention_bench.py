@@ -201,13 +201,20 @@ def time_them(
         together["", "copy"] = [lambda: target.copy_(source)]
         together = {key: cuda_timing.rotation(run) for key, run in together.items()}
         clock = cuda_timing.device_clock
-    launched = {key: one_run(run, graph=device == "cuda" and not options.no_graph) for key, run in together.items()}
+    launched = {}
+    for key, run in together.items():
+        try:
+            launched[key] = one_run(run, graph=device == "cuda" and not options.no_graph)
+        except torch.OutOfMemoryError as error:
+            if key not in runs or key[1] == "ours":
+                raise
+            note(f"  {key[1]} is left out in {key[0]}: {str(error).splitlines()[0]}")
     times = timed(launched, options.rounds, options.seconds, clock)
     times = {key: [second / len(together[key]) for second in seconds] for key, seconds in times.items()}
     ceilings = {dtype: 2 * MM_SIZE**3 / median(times[dtype, "mm"]) for dtype in products}
     if device == "cuda":
         ceilings["copy"] = COPY_BYTES / median(times["", "copy"])
-    return {key: times[key] for key in runs}, ceilings
+    return {key: times[key] for key in runs if key in times}, ceilings
 
 
 def one_run(together: list[Run], graph: bool) -> Run:

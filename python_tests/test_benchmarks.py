@@ -184,6 +184,30 @@ def test_the_gpu_path(launch: list[str], capsys: pytest.CaptureFixture[str], tmp
 
 
 @pytest.mark.usefixtures("pretended_gpu")
+@pytest.mark.parametrize("name", ["eager", "ours"])
+def test_a_rival_that_the_gpu_has_no_memory_for(name: str, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    captured = cuda_timing.captured
+
+    def out_of_memory(calls: list[object]) -> object:
+        owner = {"Eager": "eager", "SelfAttention2d": "ours"}.get(type(getattr(calls[0], "args", [0])[0]).__name__)
+        if owner == name:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return captured(calls)
+
+    monkeypatch.setattr(cuda_timing, "captured", out_of_memory)
+    arguments = ["--device", "cuda", "--shapes", "2x16x5x3:4", "--rivals", "eager", "sdpa-math", "--rounds", "1"]
+    if name == "ours":
+        with pytest.raises(torch.OutOfMemoryError):
+            attention_bench.main([*arguments, "--seconds", "0"])
+        return
+    attention_bench.main([*arguments, "--seconds", "0"])
+    printed = capsys.readouterr()
+    assert printed.err.count("  eager is left out in fp32: CUDA out of memory.\n") == 2
+    assert "sdpa-math" in printed.out
+    assert "eager" not in printed.out
+
+
+@pytest.mark.usefixtures("pretended_gpu")
 def test_a_graph_holds_every_call_once_after_the_warm_up() -> None:
     ran: list[int] = []
     replay = cuda_timing.captured([lambda i=i: ran.append(i) for i in range(3)])
@@ -272,6 +296,18 @@ def test_a_rival_that_is_not_a_number_is_found() -> None:
         rival.block.gamma.fill_(float("nan"))
     with pytest.raises(AssertionError, match="differs by nan"):
         cases.check_agreement(case, rival, "fp32", "eager")
+
+
+def test_the_tolerance_follows_the_precision_of_products() -> None:
+    try:
+        found = []
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            found.append((cases.tolerance("fp32"), cases.tolerance("bf16")))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [fp32 for fp32, _ in found] == pytest.approx([2**-11.5, 2**-5, 2**-3.5])
+    assert [bf16 for _, bf16 in found] == pytest.approx([2**-3.5] * 3)
 
 
 def test_the_same_case_every_time() -> None:
