@@ -51,20 +51,28 @@ def threads(count: int) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """One setting's rows under a heading."""
-    copies = any(row.share_of_copy is not None for row in rows)
-    heading = f"{'pass':<18} {'dtype':<5} {'candidate':<14} {'backend':<7} {'ms':>9} {'GF/s':>9} {'of mm':>6}"
-    heading += f"{' of copy' if copies else ''} {'/ ours':>7} {'peak MB':>8}"
-    lines, before = [rows[0].setting, heading], None
-    for row in rows:
+    columns = {
+        "backend": [f"{row.backend or '':<7}" for row in rows],
+        "ms": [f"{row.milliseconds:.3f}" for row in rows],
+        "GF/s": [f"{row.gflops:.1f}" for row in rows],
+        "of mm": [f"{row.share_of_mm:.2f}" for row in rows],
+        "of copy": ["" if row.share_of_copy is None else f"{row.share_of_copy:.2f}" for row in rows],
+        "/ ours": ["" if row.times_ours is None else f"{row.times_ours:.2f}" for row in rows],
+        "peak MB": ["" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}" for row in rows],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    widths = [max(len(name), *map(len, cells)) for name, cells in columns.items()]
+
+    def line(pass_: str, dtype: str, candidate: str, cells: Iterable[str]) -> str:
+        start = f"{pass_:<18} {dtype:<5} {candidate:<14}"
+        return " ".join([start, *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))]).rstrip()
+
+    lines, before = [rows[0].setting, line("pass", "dtype", "candidate", columns)], None
+    for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
         group = (row.pass_, row.dtype)
-        first = group if group != before else ("", "")
+        lines.append(line(*(group if group != before else ("", "")), row.candidate, cells))
         before = group
-        line = f"{first[0]:<18} {first[1]:<5} {row.candidate:<14} {row.backend or '':<7} "
-        line += f"{row.milliseconds:>9.3f} {row.gflops:>9.1f} {row.share_of_mm:>6.2f}"
-        line += f" {row.share_of_copy:>7.2f}" if row.share_of_copy is not None else " " * 8 * copies
-        line += f" {row.times_ours:>7.2f}" if row.times_ours is not None else " " * 8
-        lines.append(line + (f" {row.peak_bytes / 1e6:>8.1f}" if row.peak_bytes is not None else " " * 9))
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
