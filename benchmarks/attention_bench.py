@@ -15,6 +15,7 @@ rival must agree with ours in the output and all gradients, and the dispatcher's
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -55,8 +56,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--backend", choices=["auto", *dispatch.BACKENDS], default="auto", help="of ours")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--matmul-precision", choices=["highest", "high", "medium"], help="torch.set_float32_matmul_precision")
-    add("--rounds", type=int, default=15, help="at least so many (default 15)")
+    add(
+        "--rounds", type=int, metavar="N", help="of every comparison, however long it takes (default 15 within --limit)"
+    )
     add("--seconds", type=float, default=2.0, help="more rounds as long as a comparison has taken less (default 2)")
+    add("--limit", type=float, help="seconds of the whole run, for which rounds are given up (default 20 a setting and "
+        "dtype; none with --rounds or --targets)")  # fmt: skip
     add("--no-graph", action="store_true", help="on a GPU: launch call by call, with no CUDA graph")
     add("--no-memory", action="store_true", help="leave peak memory out")
     add("--targets", action="store_true", help="hold a CPU run, fp32 and bf16, one thread and two, against our targets")
@@ -74,6 +79,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options.batch = 64 if on_gpu else 4
     if options.dtypes is None:
         options.dtypes = ["fp32", "bf16"] if options.targets and torch.cpu._is_avx512_bf16_supported() else ["fp32"]
+    if options.limit is None:
+        settings = len(options.shapes) * len(options.formats) * len(options.threads or [1]) * len(options.dtypes)
+        options.limit = math.inf if options.rounds or options.targets else 20 * settings
+    options.rounds = 15 if options.rounds is None else options.rounds
     if options.threads is None:
         options.threads = [1, 2] if options.targets else [torch.get_num_threads()]
     available = rivals_on(options.device)
@@ -124,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     for i, setting in enumerate(plan, start=1):
         shape, elapsed = setting.shape, time.perf_counter() - start
         note(f"[{i}/{len(plan)}, {elapsed:.0f} s] {shape.name}, {setting.memory_format}, {threads(setting.threads)}")
-        found = measure(setting, options, traced)
+        found = measure(setting, options, start + options.limit, traced)
         if not options.profile:
             traced.clear()  # and with it the tensors
         print(f"\n{table(found)}", flush=True)

@@ -5,6 +5,7 @@ The options are those of attention_bench.py's command line.
 
 import argparse
 import sys
+import time
 from itertools import product
 from statistics import median, quantiles
 
@@ -75,9 +76,12 @@ def prepare(setting: Setting, keys: list[Key]) -> tuple[dict[str, Case], dict[Ke
     return cases, modules
 
 
-def measure(setting: Setting, options: argparse.Namespace, traced: list[Traced]) -> list[Row]:
-    """The rows of one setting: each pass is one interleaved run of all dtypes and candidates. Adds to ``traced`` one
-    call of each, with its label."""
+def measure(setting: Setting, options: argparse.Namespace, deadline: float, traced: list[Traced]) -> list[Row]:
+    """The rows of one setting: each pass is one interleaved run of all dtypes and candidates.
+
+    A run may take a third of the time that is left until ``deadline`` (of time.perf_counter). Adds to ``traced`` one
+    call of each candidate, with its label.
+    """
     use_threads(setting.threads, options)
     cases, modules = prepare(setting, wanted(options))
     passes = PASS_NAMES[options.passes]
@@ -87,7 +91,8 @@ def measure(setting: Setting, options: argparse.Namespace, traced: list[Traced])
         backends = {dtype: backend_that_ran(case, pass_, setting.backend) for dtype, case in cases.items()}
         runs = {key: calls(cases[key[0]], module, pass_) for key, module in modules.items()}
         traced += [(setting, f"{pass_} {' '.join(key)}", run[0]) for key, run in runs.items()]
-        times, ceilings = time_them(runs, setting.device, options)
+        limit = max(deadline - time.perf_counter(), 0) / 3
+        times, ceilings = time_them(runs, setting.device, limit, options)
         for (dtype, name), seconds in times.items():
             lower, middle, upper = quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
             rate, ours = operations(setting.shape, setting.form, pass_) / middle, median(times[dtype, "ours"])
@@ -105,7 +110,7 @@ def measure(setting: Setting, options: argparse.Namespace, traced: list[Traced])
 
 
 def time_them(
-    runs: dict[Key, list[Run]], device: str, options: argparse.Namespace
+    runs: dict[Key, list[Run]], device: str, limit: float, options: argparse.Namespace
 ) -> tuple[dict[Key, list[float]], dict[str, float]]:
     """Seconds of one call of each candidate, round by round; and the ceilings: each dtype's product in operations a
     second, on a GPU the copy in bytes a second."""
@@ -125,7 +130,7 @@ def time_them(
             if key not in runs or key[1] == "ours":
                 raise
             note(f"  {key[1]} is left out in {key[0]}: {str(error).splitlines()[0]}")
-    times = timed(launched, options.rounds, options.seconds, clock)
+    times = timed(launched, options.rounds, options.seconds, limit, clock)
     times = {key: [second / len(together[key]) for second in seconds] for key, seconds in times.items()}
     ceilings = {dtype: 2 * MM_SIZE**3 / median(times[dtype, "mm"]) for dtype in products}
     if device == "cuda":

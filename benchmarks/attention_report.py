@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MM_LABEL = "torch.mm, 2048³"
+BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # legible on a line, too
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def threads(count: int) -> str:
 def table(rows: Sequence[Row]) -> str:
     """One setting's rows under a heading."""
     columns = {
-        "backend": [f"{row.backend or '':<7}" for row in rows],
+        "backend": [row.backend or "" for row in rows],
+        "rounds": [str(row.rounds) for row in rows],
         "ms": [f"{row.milliseconds:.3f}" for row in rows],
         "GF/s": [f"{row.gflops:.1f}" for row in rows],
         "of mm": [f"{row.share_of_mm:.2f}" for row in rows],
@@ -61,7 +63,7 @@ def table(rows: Sequence[Row]) -> str:
         "peak MB": ["" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}" for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
-    widths = [max(len(name), *map(len, cells)) for name, cells in columns.items()]
+    widths = [max(8, *map(len, cells)) for cells in columns.values()]
 
     def line(pass_: str, dtype: str, candidate: str, cells: Iterable[str]) -> str:
         start = f"{pass_:<18} {dtype:<5} {candidate:<14}"
@@ -106,7 +108,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     labels = [*names, MM_LABEL]
     columns = min(len(labels), 3 * len(passes))
     figure.legend([handles[label] for label in labels], labels, loc="lower center", ncols=columns, frameon=False)
-    figure.suptitle(f"Self-attention on {rows[0].device}: GF/s, and median time (higher bars are faster)", fontsize=11)
+    figure.suptitle(f"Self-attention on {rows[0].device.upper()}: GF/s, and median time (higher bars are faster)", fontsize=11)
     below = (0.1 + 0.25 * -(-len(labels) // columns)) / size[1]
     figure.tight_layout(rect=(0, below, 1, 1 - 0.1 / size[1]))
     figure.savefig(path, dpi=130)
@@ -117,10 +119,12 @@ def _bars(axis: Any, rows: Sequence[Row], shapes: list[str], names: list[str]) -
     width = 0.84 / len(names)
     for i, name in enumerate(names):
         found = [row for row in rows if row.candidate == name]
+        if not found:
+            continue
         places = [shapes.index(row.shape) - 0.42 + (i + 0.5) * width for row in found]
         bars = axis.bar(places, [row.gflops for row in found], 0.92 * width, label=name, color=f"C{i}")
         labels = [f"{row.milliseconds:.{2 if row.milliseconds < 10 else 1}f} ms" for row in found]
-        axis.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
+        axis.bar_label(bars, labels, fontsize=7, rotation=90, padding=2, bbox=BEHIND)
     for j, shape in enumerate(shapes):
         for rate in {row.mm_gflops for row in rows if row.shape == shape}:
             axis.hlines(rate, j - 0.45, j + 0.45, "black", "dashed", linewidth=1, label=MM_LABEL)

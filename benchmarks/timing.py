@@ -1,13 +1,18 @@
 """Timing on a noisy machine: the candidates take turns, each call is timed, medians are compared within the run."""
 
+import math
 import random
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import TypeVar
 
 import torch
 
 Run = Callable[[], object]
+Name = TypeVar("Name")
+
+MIN_ROUNDS = 3
 
 
 def interleaved(candidates: dict[str, Run], rounds: int) -> dict[str, float]:
@@ -25,21 +30,26 @@ def wall_clock(run: Run) -> float:
 
 
 def timed(
-    candidates: dict[str, Run], rounds: int, seconds: float = 0, clock: Callable[[Run], float] = wall_clock
-) -> dict[str, list[float]]:
-    """The seconds of every call: at least ``rounds`` rounds, and more while they have taken less than ``seconds``.
+    candidates: dict[Name, Run],
+    rounds: int,
+    seconds: float = 0,
+    limit: float = math.inf,
+    clock: Callable[[Run], float] = wall_clock,
+) -> dict[Name, list[float]]:
+    """The seconds of every call: ``rounds`` rounds, and more while they have taken less than ``seconds``; fewer, but
+    ``MIN_ROUNDS``, where they take more than ``limit`` seconds.
 
     The order within a round is drawn anew each time, so that nobody always finds the cache as the same one left it.
     """
     for run in candidates.values():
         run()
     order = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    start, done = time.perf_counter(), 0
-    while done < rounds or time.perf_counter() - start < seconds:
+    times: dict[Name, list[float]] = {name: [] for name in candidates}
+    start, done, elapsed = time.perf_counter(), 0, 0.0
+    while done < min(rounds, MIN_ROUNDS) or (elapsed < limit and (done < rounds or elapsed < seconds)):
         for name in order.sample(list(candidates), len(candidates)):
             times[name].append(clock(candidates[name]))
-        done += 1
+        done, elapsed = done + 1, time.perf_counter() - start
     return times
 
 

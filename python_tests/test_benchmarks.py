@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,9 @@ def test_rounds_go_on_until_the_time_is_spent() -> None:
     times = timing.timed({"a": lambda: None}, 2, seconds=0.05)["a"]
     assert len(times) > 2
     assert min(times) > 0
+    assert len(timing.timed({"a": lambda: None}, 2, limit=0)["a"]) == 2
+    assert len(timing.timed({"a": lambda: None}, 9, limit=0)["a"]) == timing.MIN_ROUNDS
+    assert len(timing.timed({"a": lambda: time.sleep(0.01)}, 99, seconds=99, limit=0.1)["a"]) in range(3, 11)
     assert len(timing.timed({"a": lambda: None}, 2, clock=lambda run: 7.0)["a"]) == 2
     assert timing.timed({"a": lambda: None}, 3, clock=lambda run: 7.0)["a"] == [7.0] * 3
 
@@ -382,14 +386,25 @@ def test_table() -> None:
     rows = [row(), rival("eager", 50.0), rival("sdpa-flash", 12.5, pass_=cases.TRAINING, peak_bytes=None)]
     lines = table(rows).splitlines()
     assert lines[0] == "stage1: B 4, C 256, 64×32, d 32, contiguous, 1 thread"
-    assert " ".join(lines[1].split()) == "pass dtype candidate backend ms GF/s of mm / ours peak MB"
-    assert lines[2].split() == ["forward", "fp32", "ours", "cpu", "10.000", "268.4", "0.90", "25.3"]
-    assert lines[3].split() == ["eager", "50.000", "268.4", "0.90", "5.00", "25.3"], "the pass is named once"
-    assert lines[4].split() == ["forward", "+", "backward", "fp32", "sdpa-flash", "12.500", "268.4", "0.90", "1.25"]
+    assert " ".join(lines[1].split()) == "pass dtype candidate backend rounds ms GF/s of mm / ours peak MB"
+    assert lines[2].split() == ["forward", "fp32", "ours", "cpu", "15", "10.000", "268.4", "0.90", "25.3"]
+    assert lines[3].split() == ["eager", "15", "50.000", "268.4", "0.90", "5.00", "25.3"], "the pass is named once"
+    assert lines[4].split() == [
+        "forward",
+        "+",
+        "backward",
+        "fp32",
+        "sdpa-flash",
+        "15",
+        "12.500",
+        "268.4",
+        "0.90",
+        "1.25",
+    ]
     assert len(lines[1]) == len(lines[2]) == len(lines[3]), "columns stand below each other"
     with_copy = table([row(share_of_copy=0.5, peak_bytes=None), rival("eager", 5000.0, peak_bytes=None)]).splitlines()
-    assert " ".join(with_copy[1].split()) == "pass dtype candidate backend ms GF/s of mm of copy / ours"
-    assert with_copy[2].index("0.50") + 4 == with_copy[1].index("of copy") + 7
+    assert " ".join(with_copy[1].split()) == "pass dtype candidate backend rounds ms GF/s of mm of copy / ours"
+    assert with_copy[2].index("0.50") + 4 == with_copy[1].index("of copy") + 7, "numbers end where their heading ends"
     assert len(with_copy[1]) == len(with_copy[3])
 
 
@@ -491,6 +506,28 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     labels = {event["name"] for event in events if event.get("cat") == "user_annotation"}
     assert "2x16x5x3:4 channels_last 2 threads: forward + backward bf16 ours" in labels
     assert len(labels) == len(rows) + 1, "each candidate's, and the warm-up's"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit"),
+    [
+        ([], 80),
+        (["--dtypes", "fp32", "bf16", "--threads", "1", "2", "--shapes", "stage1"], 80),
+        (["--rounds", "15"], float("inf")),
+        (["--targets"], float("inf")),
+        (["--targets", "--limit", "60"], 60),
+    ],
+)
+def test_time_limit(arguments: list[str], limit: float) -> None:
+    assert attention_bench.parse(["--device", "cpu", *arguments]).limit == limit
+    assert attention_bench.parse(["--device", "cpu", *arguments]).rounds == 15
+
+
+def test_rounds_are_given_up_for_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(attention_measure, "MM_SIZE", 64)
+    arguments = ["--shapes", "2x16x5x3:4", "--rivals", "eager", "--no-memory", "--csv", str(tmp_path / "out.csv")]
+    attention_bench.main(["--device", "cpu", *arguments, "--limit", "0"])
+    assert {row["rounds"] for row in csv.DictReader((tmp_path / "out.csv").open())} == {str(timing.MIN_ROUNDS)}
 
 
 def test_targets_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
