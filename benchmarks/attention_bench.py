@@ -5,12 +5,13 @@
     python benchmarks/attention_bench.py --rivals eager compile --csv runs/attention.csv --plot runs/attention.png
     python benchmarks/attention_bench.py --targets
 
-The candidates take turns; times are medians. Operations are counted as 2BN(4Cd + 2Nd) forward and three times that for
-forward + backward. "of mm" is the share of the rate of torch's own 2048³ product in the same dtype and rounds, "/ ours"
-a rival's time over ours, "peak MB" the extra memory at the worst moment (10⁶ bytes, results included, inputs not; see
-peak_memory.py). On a GPU: CUDA graphs between device events, inputs rotated past the L2 cache, and "of copy", the share
-of the rate of a copy in device memory for the bytes that any implementation must move. Before anything is timed, every
-rival must agree with ours in the output and all gradients, and the dispatcher's record must name one backend.
+The candidates take turns; times are medians, "± %" half the distance of the quartiles. Operations are counted as
+2BN(4Cd + 2Nd) forward and three times that for forward + backward. "of mm" is the share of the rate of torch's own
+2048³ product in the same dtype and rounds, "/ ours" a rival's time over ours, "peak MB" the extra memory at the worst
+moment (10⁶ bytes, results included, inputs not; see peak_memory.py). On a GPU: CUDA graphs between device events,
+inputs rotated past the L2 cache, and "of copy", the share of the rate of a copy in device memory for the bytes that
+any implementation must move. Before anything is timed, every rival must agree with ours in the output and all gradients,
+and the dispatcher's record must name one backend.
 """
 
 import argparse
@@ -56,12 +57,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--backend", choices=["auto", *dispatch.BACKENDS], default="auto", help="of ours")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--matmul-precision", choices=["highest", "high", "medium"], help="torch.set_float32_matmul_precision")
-    add(
-        "--rounds", type=int, metavar="N", help="of every comparison, however long it takes (default 15 within --limit)"
-    )
+    add("--rounds", type=int, metavar="N", help="of every comparison (default 15, fewer at the --limit)")
     add("--seconds", type=float, default=2.0, help="more rounds as long as a comparison has taken less (default 2)")
-    add("--limit", type=float, help="seconds of the whole run, for which rounds are given up (default 20 a setting and "
-        "dtype; none with --rounds or --targets)")  # fmt: skip
+    add("--limit", type=float, metavar="SECONDS", help="of the whole run, kept by giving up rounds "
+        "(default 20 a setting and dtype; none with --rounds or --targets)")  # fmt: skip
     add("--no-graph", action="store_true", help="on a GPU: launch call by call, with no CUDA graph")
     add("--no-memory", action="store_true", help="leave peak memory out")
     add("--targets", action="store_true", help="hold a CPU run, fp32 and bf16, one thread and two, against our targets")

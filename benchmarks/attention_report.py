@@ -56,6 +56,7 @@ def table(rows: Sequence[Row]) -> str:
         "backend": [row.backend or "" for row in rows],
         "rounds": [str(row.rounds) for row in rows],
         "ms": [f"{row.milliseconds:.3f}" for row in rows],
+        "± %": [f"{50 * (row.upper_quartile_ms - row.lower_quartile_ms) / row.milliseconds:.0f}" for row in rows],
         "GF/s": [f"{row.gflops:.1f}" for row in rows],
         "of mm": [f"{row.share_of_mm:.2f}" for row in rows],
         "of copy": ["" if row.share_of_copy is None else f"{row.share_of_copy:.2f}" for row in rows],
@@ -108,7 +109,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     labels = [*names, MM_LABEL]
     columns = min(len(labels), 3 * len(passes))
     figure.legend([handles[label] for label in labels], labels, loc="lower center", ncols=columns, frameon=False)
-    figure.suptitle(f"Self-attention on {rows[0].device.upper()}: GF/s, and median time (higher bars are faster)", fontsize=11)
+    title = f"Self-attention on {rows[0].device.upper()}: GF/s, and median time (higher bars are faster)"
+    figure.suptitle(title, fontsize=11)
     below = (0.1 + 0.25 * -(-len(labels) // columns)) / size[1]
     figure.tight_layout(rect=(0, below, 1, 1 - 0.1 / size[1]))
     figure.savefig(path, dpi=130)

@@ -386,24 +386,13 @@ def test_table() -> None:
     rows = [row(), rival("eager", 50.0), rival("sdpa-flash", 12.5, pass_=cases.TRAINING, peak_bytes=None)]
     lines = table(rows).splitlines()
     assert lines[0] == "stage1: B 4, C 256, 64×32, d 32, contiguous, 1 thread"
-    assert " ".join(lines[1].split()) == "pass dtype candidate backend rounds ms GF/s of mm / ours peak MB"
-    assert lines[2].split() == ["forward", "fp32", "ours", "cpu", "15", "10.000", "268.4", "0.90", "25.3"]
-    assert lines[3].split() == ["eager", "15", "50.000", "268.4", "0.90", "5.00", "25.3"], "the pass is named once"
-    assert lines[4].split() == [
-        "forward",
-        "+",
-        "backward",
-        "fp32",
-        "sdpa-flash",
-        "15",
-        "12.500",
-        "268.4",
-        "0.90",
-        "1.25",
-    ]
+    assert " ".join(lines[1].split()) == "pass dtype candidate backend rounds ms ± % GF/s of mm / ours peak MB"
+    assert lines[2].split() == ["forward", "fp32", "ours", "cpu", "15", "10.000", "12", "268.4", "0.90", "25.3"]
+    assert lines[3].split() == ["eager", "15", "50.000", "2", "268.4", "0.90", "5.00", "25.3"], "the pass is named once"
+    assert " ".join(lines[4].split()) == "forward + backward fp32 sdpa-flash 15 12.500 10 268.4 0.90 1.25"
     assert len(lines[1]) == len(lines[2]) == len(lines[3]), "columns stand below each other"
     with_copy = table([row(share_of_copy=0.5, peak_bytes=None), rival("eager", 5000.0, peak_bytes=None)]).splitlines()
-    assert " ".join(with_copy[1].split()) == "pass dtype candidate backend rounds ms GF/s of mm of copy / ours"
+    assert " ".join(with_copy[1].split()) == "pass dtype candidate backend rounds ms ± % GF/s of mm of copy / ours"
     assert with_copy[2].index("0.50") + 4 == with_copy[1].index("of copy") + 7, "numbers end where their heading ends"
     assert len(with_copy[1]) == len(with_copy[3])
 
