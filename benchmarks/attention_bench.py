@@ -10,8 +10,8 @@ The candidates take turns; times are medians, "± %" half the distance of the qu
 2048³ product in the same dtype and rounds, "/ ours" a rival's time over ours, "peak MB" the extra memory at the worst
 moment (10⁶ bytes, results included, inputs not; see peak_memory.py). On a GPU: CUDA graphs between device events,
 inputs rotated past the L2 cache, and "of copy", the share of the rate of a copy in device memory for the bytes that
-any implementation must move. Before anything is timed, every rival must agree with ours in the output and all gradients,
-and the dispatcher's record must name one backend.
+any implementation must move. Before anything is timed, every rival must agree with ours in the output and all
+gradients, and the dispatcher's record must name one backend.
 """
 
 import argparse
