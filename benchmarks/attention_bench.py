@@ -49,7 +49,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--shapes", nargs="+", default=list(STAGES), metavar="SHAPE", help="stage1 … stage4, or BxCxHxW[:d] (d = C/8)")
     add("--batch", type=int, metavar="B", help="images at the stages (default 4; on a GPU 64)")
     add("--dtypes", nargs="+", choices=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)} (default fp32)")
-    add("--formats", nargs="+", choices=list(FORMATS), default=["contiguous"], metavar="FORMAT", help="channels_last")
+    add(
+        "--formats",
+        nargs="+",
+        choices=list(FORMATS),
+        default=["contiguous"],
+        metavar="FORMAT",
+        help="contiguous (default), channels_last",
+    )
     add("--passes", choices=list(PASS_NAMES), default="both", help="training is forward + backward (default both)")
     add("--threads", type=int, nargs="+", metavar="N", help="one after another (default: torch's own number)")
     add("--rivals", nargs="*", metavar="RIVAL", help="eager, sdpa-…, compile (default: all of the device but compile)")
