@@ -1,114 +1,158 @@
-"""The self-attention block against the copied eager module and an SDPA-based one, at ResNet-50's four stages.
+"""The self-attention block against the copied eager module, SDPA and torch.compile; by default at ResNet-50's stages.
 
-    python benchmarks/attention_bench.py [--stages 1 2 3 4] [--batch 4] [--threads N] [--device cuda] [--profile FILE]
+    python benchmarks/attention_bench.py
+    python benchmarks/attention_bench.py --shapes stage3 8x512x24x8:64 --dtypes fp32 bf16 --threads 1 2
+    python benchmarks/attention_bench.py --rivals eager compile --csv runs/attention.csv --plot runs/attention.png
+    python benchmarks/attention_bench.py --targets
 
-Operations are counted as 2BN(4Cd + 2Nd) forward and three times that for forward + backward; "of mm" is the share of
-the rate of torch's own 2048³ product, measured in the same run. γ is 0.7: at 0 the block would be the identity.
+The candidates take turns; times are medians, "± %" half the distance of the quartiles. Operations are counted as
+2BN(4Cd + 2Nd) forward and three times that for forward + backward. "of mm" is the share of the rate of torch's own
+2048³ product in the same dtype and rounds, "/ ours" a rival's time over ours, "peak MB" the extra memory at the worst
+moment (10⁶ bytes, results included, inputs not; see peak_memory.py). On a GPU: CUDA graphs between device events,
+inputs rotated past the L2 cache, and "of copy", the share of the rate of a copy in device memory for the bytes that
+any implementation must move. Before anything is timed, every rival must agree with ours in the output and all
+gradients, and the dispatcher's record must name one backend.
 """
 
 import argparse
-import copy
-from functools import partial
+import importlib.util
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NoReturn
 
+import cuda_timing
 import torch
-from timing import interleaved, sgemm
-from torch import Tensor, nn
-from torch.nn import functional
+from attention_cases import DTYPES, FORMATS, STAGES, Setting, parse_shape, rivals_on
+from attention_measure import PASS_NAMES, Traced, measure, note, write_trace
+from attention_report import Row, plot, table, threads, write_csv
+from attention_targets import target_table, targets
 
-import sabmn_ext
 from sabmn_ext.ops import dispatch
 
-STAGES = {1: (64, 32, 256), 2: (32, 16, 512), 3: (16, 8, 1024), 4: (16, 8, 2048)}  # H, W, C for 256×128 pixels
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+PLOTS = (".png", ".pdf", ".svg")
 
 
-class Eager(nn.Module):
-    """The block as it is usually written: convolutions, two batched products, softmax."""
-
-    def __init__(self, block: sabmn_ext.SelfAttention2d) -> None:
-        super().__init__()
-        self.block = copy.deepcopy(block)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attention = torch.softmax(query.transpose(1, 2) @ key, dim=-1)  # [B, N, N]
-        return value @ attention.transpose(1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b = self.block
-        query, key, value = (layer(x).flatten(2) for layer in (b.query, b.key, b.value))
-        assert b.out is not None
-        return b.gamma * b.out(self.attend(query, key, value).view(x.shape[0], -1, *x.shape[2:])) + x
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
-class Sdpa(Eager):
-    """The same with torch's scaled_dot_product_attention, scale 1."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, checked before minutes are spent: a mistake is one line on stderr and status 2."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--shapes", nargs="+", default=list(STAGES), metavar="SHAPE", help="stage1 … stage4, or BxCxHxW[:d] (d = C/8)")
+    add("--batch", type=int, metavar="B", help="images at the stages (default 4; on a GPU 64)")
+    add("--dtypes", nargs="+", choices=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)} (default fp32)")
+    add(
+        "--formats",
+        nargs="+",
+        choices=list(FORMATS),
+        default=["contiguous"],
+        metavar="FORMAT",
+        help="contiguous (default), channels_last",
+    )
+    add("--passes", choices=list(PASS_NAMES), default="both", help="training is forward + backward (default both)")
+    add("--threads", type=int, nargs="+", metavar="N", help="one after another (default: torch's own number)")
+    add("--rivals", nargs="*", metavar="RIVAL", help="eager, sdpa-…, compile (default: all of the device but compile)")
+    add("--form", choices=["paper", "gan"], default="paper", help="gan: biases, C value channels, no output projection")
+    add("--backend", choices=["auto", *dispatch.BACKENDS], default="auto", help="of ours")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--matmul-precision", choices=["highest", "high", "medium"], help="torch.set_float32_matmul_precision")
+    add("--rounds", type=int, metavar="N", help="of every comparison (default 15, fewer at the --limit)")
+    add("--seconds", type=float, default=2.0, help="more rounds as long as a comparison has taken less (default 2)")
+    add("--limit", type=float, metavar="SECONDS", help="of the whole run, kept by giving up rounds "
+        "(default 20 a setting and dtype; none with --rounds or --targets)")  # fmt: skip
+    add("--no-graph", action="store_true", help="on a GPU: launch call by call, with no CUDA graph")
+    add("--no-memory", action="store_true", help="leave peak memory out")
+    add("--targets", action="store_true", help="hold a CPU run, fp32 and bf16, one thread and two, against our targets")
+    add("--csv", type=Path, metavar="FILE")
+    add("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
+    add("--profile", type=Path, metavar="FILE.json", help="a trace of one call of each, for Perfetto")
+    options = parser.parse_args(arguments)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2).unsqueeze(1) for t in (query, key, value))
-        return functional.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1).transpose(1, 2)
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch finds no CUDA device here; expected cpu")
+    if options.targets and on_gpu:
+        parser.error("--targets are those of a CPU; expected --device cpu")
+    if options.batch is None:
+        options.batch = 64 if on_gpu else 4
+    if options.dtypes is None:
+        options.dtypes = ["fp32", "bf16"] if options.targets and torch.cpu._is_avx512_bf16_supported() else ["fp32"]
+    if options.limit is None:
+        settings = len(options.shapes) * len(options.formats) * len(options.threads or [1]) * len(options.dtypes)
+        options.limit = math.inf if options.rounds or options.targets else 20 * settings
+    options.rounds = 15 if options.rounds is None else options.rounds
+    if options.threads is None:
+        options.threads = [1, 2] if options.targets else [torch.get_num_threads()]
+    available = rivals_on(options.device)
+    if options.rivals is None:
+        options.rivals = available[:-1]
+    for rival in options.rivals:
+        if rival not in available:
+            parser.error(f"rival '{rival}' is not there on {options.device}; expected some of {', '.join(available)}")
+    for name, least in (("batch", [options.batch]), ("threads", options.threads), ("rounds", [options.rounds])):
+        if min(least) < 1:
+            parser.error(f"--{name} is {min(least)}; expected at least 1")
+    try:
+        options.shapes = [parse_shape(text, options.batch) for text in options.shapes]
+    except ValueError as error:
+        parser.error(str(error))
+    for path in (options.csv, options.plot, options.profile):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"'{path}' cannot be written: there is no folder '{path.parent}'")
+    if options.plot is not None and options.plot.suffix not in PLOTS:
+        parser.error(f"--plot is '{options.plot}'; expected a name that ends in {', '.join(PLOTS)}")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, which is not installed; run: pip install matplotlib")
+    return options
 
 
-def forward_pass(module: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        module(x)
+def settings(options: argparse.Namespace) -> Iterator[Setting]:
+    for count, memory_format, shape in product(options.threads, options.formats, options.shapes):
+        yield Setting(shape, memory_format, count, options.device, options.form, options.backend)
 
 
-def training_pass(module: nn.Module, x: Tensor, grad_y: Tensor) -> None:
-    torch.autograd.grad(module(x), [x, *module.parameters()], grad_y)
+def machine(options: argparse.Namespace) -> str:
+    if options.device == "cuda":
+        launch = "call by call" if options.no_graph else "CUDA graphs"
+        name = f"{torch.cuda.get_device_name()}, {launch}, L2 cache {cuda_timing.cache_bytes() / 1e6:.0f} MB"
+    else:
+        name = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} processors"
+    return f"torch {torch.__version__}, {name}, float32 products: {torch.get_float32_matmul_precision()}"
 
 
-def measure(stage: int, options: argparse.Namespace) -> None:
-    """Print a line for each pass of one stage."""
-    dtype, (height, width, channels) = DTYPES[options.dtype], STAGES[stage]
-    block = sabmn_ext.SelfAttention2d(channels).to(options.device, dtype)
-    with torch.no_grad():
-        block.gamma.fill_(0.7)
-    modules = {"ours": block, "eager": Eager(block), "sdpa": Sdpa(block)}
-    x = torch.randn(options.batch, channels, height, width, device=options.device, dtype=dtype)
-    if options.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        torch.testing.assert_close(block(x), modules["eager"](x), rtol=0.05, atol=0.05)
-    x.requires_grad_()
-    grad_y = torch.randn_like(x)
-
-    positions, reduced = height * width, channels // 8
-    operations = 2 * options.batch * positions * (4 * channels * reduced + 2 * positions * reduced)
-    passes = {
-        "forward": (1, {key: partial(forward_pass, module, x) for key, module in modules.items()}),
-        "forward + backward": (3, {key: partial(training_pass, module, x, grad_y) for key, module in modules.items()}),
-    }
-    for name, (factor, runs) in passes.items():
-        with dispatch.record() as calls:
-            seconds = interleaved({**runs, "mm": sgemm(2048, options.device, dtype)}, options.rounds)
-        rate, ceiling = factor * operations / seconds["ours"], 2 * 2048**3 / seconds["mm"]
-        columns = [f"{1e3 * seconds[key]:>9.2f}" for key in modules]
-        columns += [f"{seconds[key] / seconds['ours']:>8.2f}" for key in ("eager", "sdpa")]
-        print(f"{stage:>5} {name:>18} {calls[0][1]:>8} {' '.join(columns)} {rate / 1e9:>7.1f} {rate / ceiling:>6.2f}")
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    if options.matmul_precision:
+        torch.set_float32_matmul_precision(options.matmul_precision)
+    print(machine(options))
+    rows: list[Row] = []
+    traced: list[Traced] = []
+    plan, start = list(settings(options)), time.perf_counter()
+    for i, setting in enumerate(plan, start=1):
+        shape, elapsed = setting.shape, time.perf_counter() - start
+        note(f"[{i}/{len(plan)}, {elapsed:.0f} s] {shape.name}, {setting.memory_format}, {threads(setting.threads)}")
+        found = measure(setting, options, start + options.limit, traced)
+        if not options.profile:
+            traced.clear()  # and with it the tensors
+        print(f"\n{table(found)}", flush=True)
+        rows += found
+    if options.targets:
+        print(f"\n{target_table(targets(rows))}")
+    if options.csv:
+        write_csv(rows, options.csv)
+    if options.plot:
+        plot(rows, options.plot)
     if options.profile:
-        with torch.profiler.profile() as profile:
-            for run in passes["forward + backward"][1].values():
-                run()
-        profile.export_chrome_trace(f"{options.profile}.stage{stage}.json")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--profile", metavar="FILE", help="write a trace of one training pass of each, for each stage")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    setting = f"{options.device}, {options.dtype}, {options.threads} threads, B = {options.batch}"
-    print(f"torch {torch.__version__}, {setting}")
-    print("stage               pass  backend   ours ms  eager ms   SDPA ms  x eager   x SDPA    GF/s  of mm")
-    for stage in options.stages:
-        measure(stage, options)
+        write_trace(traced, options)
+    note(f"done in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
