@@ -1,0 +1,58 @@
+"""Intervals and differences of retrieval figures: what is printed (in percent) and what stands in the JSON."""
+
+from pathlib import Path
+from typing import Any
+
+from sabmn_ext.retrieval.statistics import QueryScores, bootstrap, bootstrap_difference
+
+TITLES = {"map": "mAP", "map_trapezoid": "mAP (trapezoid)", "minp": "mINP", "rank1": "rank-1"}
+
+
+def interval_report(scores: QueryScores, confidence: float) -> tuple[dict[str, Any] | None, str]:
+    """The limits of each figure, for the JSON and as text; None where one identity alone was asked for."""
+    count = scores.num_identities
+    if count < 2:
+        return None, "no intervals: they come from resampling identities, and one alone has a valid match"
+    intervals = bootstrap(scores, confidence=confidence)
+    lines = [f"{100 * confidence:g} % intervals, from resampling the {count:,} query identities"]
+    for name, x in intervals.items():
+        lines.append(f"{TITLES[name]:16}{100 * x.value:8.2f}   {100 * x.low:6.2f} … {100 * x.high:6.2f}")
+    limits = {name: [x.low, x.high] for name, x in intervals.items()}
+    return {"confidence": confidence, "num_identities": count, **limits}, "\n".join(lines)
+
+
+def difference_report(
+    report: dict[str, Any], file: Path, other: dict[str, Any], confidence: float
+) -> tuple[dict[str, Any], str]:
+    """The differences of two results (this − other) with their limits, for the JSON and as text.
+
+    Args:
+        report: this result, as ``files.write_result`` takes it.
+        file, other: the other result, as ``files.read_result`` returns it.
+
+    Raises:
+        ValueError: the two are not results of the same queries and gallery (names the file).
+    """
+    try:
+        sizes = [each["num_gallery"] - each["num_junk"] for each in (report, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"without junk the galleries have {sizes[0]} and {sizes[1]} items; expected one gallery")
+        pair = [QueryScores.from_dict(each["queries"]) for each in (report, other)]
+        differences = bootstrap_difference(*pair, confidence=confidence)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot compare with {file}: {error}") from None
+    count = pair[0].num_identities
+    lines = [
+        f"difference to {file}, {100 * confidence:g} % intervals, from resampling the {count:,} query identities",
+        f"{'':16}{'this':>8}{'other':>8}{'difference':>12}",
+    ]
+    figures: dict[str, Any] = {}
+    means = [each.means() for each in pair]
+    for name, x in differences.items():
+        this, that = (each[name] for each in means)
+        verdict = "0 lies within" if 0 in x else "0 lies outside"
+        limits = f"{100 * x.low:+6.2f} … {100 * x.high:+6.2f}   {verdict}"
+        lines.append(f"{TITLES[name]:16}{100 * this:8.2f}{100 * that:8.2f}{100 * x.value:+12.2f}   {limits}")
+        figures[name] = {"other": that, "difference": x.value, "low": x.low, "high": x.high, "zero_within": 0 in x}
+    lines.append("This covers the sample of test identities, not the noise of training: that takes several seeds.")
+    return {"file": str(file), "confidence": confidence, "num_identities": count, **figures}, "\n".join(lines)
