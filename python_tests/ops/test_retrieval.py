@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,10 @@ def draw_features(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
     features = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
     features[rows // 2 :] = features[: rows - rows // 2].clone()  # every item has a duplicate: exact ties
     return features
+
+
+def rank_matches(*arguments: Any, **options: Any) -> Tensor:
+    return retrieval.rank_matches(*arguments, **options)[0]
 
 
 @pytest.fixture
@@ -76,12 +81,12 @@ def test_backends_and_instruction_sets_agree_bit_for_bit(
     labels = draw_labels(7, 51, dim)
     pairs = torch.cartesian_prod(torch.arange(7), torch.arange(51)).T
     distances = reference.pair_distances(query, gallery, *pairs, metric)
-    ranks = retrieval.rank_matches(query, gallery, *labels, metric=metric, backend="torch")
+    ranks = rank_matches(query, gallery, *labels, metric=metric, backend="torch")
     for isa in isas:
         _native.module.set_isa(isa)
         with dispatch.record() as calls:
             ours = torch.ops.sabmn_ext.pair_distances(query, gallery, *pairs, metric, None)
-            our_ranks = retrieval.rank_matches(query, gallery, *labels, metric=metric)
+            our_ranks = rank_matches(query, gallery, *labels, metric=metric)
         assert calls == [("pair_distances", "cpu")] * 2 + [("count_nonmatches", "cpu")]
         assert torch.equal(ours, distances), isa
         assert torch.equal(our_ranks, ranks), isa
@@ -92,18 +97,18 @@ def test_backends_and_instruction_sets_agree_bit_for_bit(
 def test_tiles_and_threads_change_nothing(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     query, gallery = draw_features(37, 33, torch.float32, 0), draw_features(301, 33, torch.float32, 1)
     labels = draw_labels(37, 301, 2)
-    expected = retrieval.rank_matches(query, gallery, *labels, metric=metric, backend="torch")
+    expected = rank_matches(query, gallery, *labels, metric=metric, backend="torch")
     threads = torch.get_num_threads()
     try:
         for tile_bytes in (1, 3000, 1 << 18):
             for count in (1, 3):
                 monkeypatch.setattr(retrieval, "_TILE_BYTES", tile_bytes)
                 torch.set_num_threads(count)
-                assert torch.equal(retrieval.rank_matches(query, gallery, *labels, metric=metric), expected)
+                assert torch.equal(rank_matches(query, gallery, *labels, metric=metric), expected)
     finally:
         torch.set_num_threads(threads)
     one_by_one = [
-        retrieval.rank_matches(
+        rank_matches(
             query[q : q + 1],
             gallery,
             labels[0][q : q + 1],
@@ -123,11 +128,11 @@ def test_any_strides(backend: str) -> None:
     wide = torch.randn(60, 40, generator=torch.Generator().manual_seed(3))
     query, gallery = wide.T[3:29:3, :31], wide[::2, 5:36]
     labels = draw_labels(len(query), len(gallery), 4)
-    expected = retrieval.rank_matches(query.contiguous(), gallery.contiguous(), *labels, backend=backend)
-    assert torch.equal(retrieval.rank_matches(query, gallery, *labels, backend=backend), expected)
+    expected = rank_matches(query.contiguous(), gallery.contiguous(), *labels, backend=backend)
+    assert torch.equal(rank_matches(query, gallery, *labels, backend=backend), expected)
     rows = torch.cdist(query, gallery).T.contiguous().T
-    expected = retrieval.rank_matches(None, rows.contiguous(), *labels, backend=backend)
-    assert torch.equal(retrieval.rank_matches(None, rows, *labels, backend=backend), expected)
+    expected = rank_matches(None, rows.contiguous(), *labels, backend=backend)
+    assert torch.equal(rank_matches(None, rows, *labels, backend=backend), expected)
 
 
 @native
@@ -158,7 +163,7 @@ def test_ties_go_to_the_lower_gallery_index(backend: str) -> None:
         pytest.skip("the native module is not built")
     query, gallery = torch.ones(1, 20), torch.zeros(6, 20)  # all at the same distance
     pids = torch.tensor([1, 2, 1, 2, -1, 1])  # matches 2 and 5; 0 has the query's pid but is dropped; 4 is junk
-    ranks = retrieval.rank_matches(
+    ranks = rank_matches(
         query, gallery, torch.tensor([1]), pids, torch.tensor([0, 2]), torch.tensor([2, 5]), backend=backend
     )
     assert ranks.tolist() == [2, 4]

@@ -37,7 +37,7 @@ def rank_matches(
     *,
     metric: str = "euclidean",
     backend: str | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The ranks of every query's true matches, from 1, ascending; ties go to the lower gallery index.
 
     Args:
@@ -49,7 +49,7 @@ def rank_matches(
         metric: ``"euclidean"`` or ``"cosine"``.
 
     Returns:
-        [M] int64.
+        ranks [M] int64; and the matches in their order: distances [M] float64, gallery indices [M] int64.
     """
     lengths = offsets.diff()
     query_of = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
@@ -59,10 +59,11 @@ def rank_matches(
         distances = torch.ops.sabmn_ext.pair_distances(query, gallery, query_of, matches, metric, backend)
     order = distances.argsort(stable=True)
     order = order[query_of[order].argsort(stable=True)]
+    distances, matches = distances[order], matches[order]
     counts = torch.ops.sabmn_ext.count_nonmatches(
-        query, gallery, query_pids, gallery_pids, offsets, distances[order], matches[order], metric, backend
+        query, gallery, query_pids, gallery_pids, offsets, distances, matches, metric, backend
     )
-    return counts + torch.arange(1, len(matches) + 1, device=offsets.device) - offsets[query_of]
+    return counts + torch.arange(1, len(matches) + 1, device=offsets.device) - offsets[query_of], distances, matches
 
 
 def _check(query: Tensor, gallery: Tensor, metric: str, int64s: tuple[Tensor, ...]) -> None:

@@ -18,6 +18,9 @@ from sabmn_ext.retrieval.result import RetrievalResult, score_ranks
 
 _ROW_BLOCK_ELEMENTS = 1 << 22
 
+# Some queries' matches; and their ranks, distances and gallery indices, in the order of the ranks.
+Ranked = tuple[MatchLists, tuple[np.ndarray, ...]]
+
 
 def evaluate_retrieval(
     query_features: Array,
@@ -108,7 +111,7 @@ def evaluate_distances(
     sizes = num_queries, num_gallery
     labels = _labels(sizes, query_pids, gallery_pids, query_camids, gallery_camids, exclude_self)
 
-    def ranks() -> Iterator[tuple[MatchLists, np.ndarray]]:
+    def ranks() -> Iterator[Ranked]:
         done = 0
         for block in [distances] if isinstance(distances, Tensor | np.ndarray) else distances:
             rows = as_matrix("distances", block, integers=True)
@@ -148,25 +151,27 @@ def _labels(
 
 def _ranks(
     labels: Labels, lists: MatchLists, query: Tensor | None, gallery: Tensor, metric: str, backend: str | None
-) -> np.ndarray:
-    """The ranks of the matches; ``query`` None: ``gallery`` holds the distances of just these queries."""
+) -> tuple[np.ndarray, ...]:
+    """Ranks, distances and gallery indices of the matches; ``query`` None: ``gallery`` holds these queries' distances."""
     offsets = np.append(0, np.cumsum(lists.num_matches))
     arrays = (labels.query_pids[lists.queries], labels.gallery_pids, offsets, lists.indices)
     tensors = (torch.from_numpy(array).to(gallery.device) for array in arrays)
-    return rank_matches(query, gallery, *tensors, metric=metric, backend=backend).cpu().numpy()
+    return tuple(x.cpu().numpy() for x in rank_matches(query, gallery, *tensors, metric=metric, backend=backend))
 
 
-def _result(
-    labels: Labels, metric: str, max_rank: int, ranks_of: Iterable[tuple[MatchLists, np.ndarray]]
-) -> RetrievalResult:
+def _result(labels: Labels, metric: str, max_rank: int, ranks_of: Iterable[Ranked]) -> RetrievalResult:
     if not isinstance(max_rank, int) or max_rank < 1:
         raise ValueError(f"max_rank is {max_rank!r}; expected an integer of at least 1")
-    lists, ranks = zip(*ranks_of, strict=True)
+    lists, ranked = zip(*ranks_of, strict=True)
+    ranks, _, indices = (np.concatenate(parts) for parts in zip(*ranked, strict=True))
     num_matches = np.concatenate([m.num_matches for m in lists])
     if not num_matches.any():
         raise ValueError(f"no query has a valid match in the gallery: {labels.why_no_match()}")
     return RetrievalResult(
-        **score_ranks(np.concatenate(ranks), num_matches, np.concatenate([m.num_valid for m in lists])),
+        **score_ranks(ranks, num_matches, np.concatenate([m.num_valid for m in lists])),
+        query_pids=labels.query_pids,
+        query_camids=labels.query_camids,
+        match_camids=None if labels.gallery_camids is None else labels.gallery_camids[indices],
         metric=metric,
         camera_rule=labels.query_camids is not None,
         num_gallery=len(labels.gallery_pids),
