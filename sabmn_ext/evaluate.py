@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from sabmn_ext.ops.retrieval import METRICS
-from sabmn_ext.report.evaluation import difference_report, interval_report
+from sabmn_ext.report.evaluation import difference_report, interval_report, verification_report
 from sabmn_ext.report.ranked import Side, draw_ranked, pick_queries
 from sabmn_ext.retrieval import conformance
 from sabmn_ext.retrieval.evaluation import evaluate_retrieval
@@ -156,14 +157,24 @@ def run(args: argparse.Namespace) -> None:
         gallery_names=gallery.paths,
     )
     print(result.table())
-    scores = QueryScores.of(result, query.pids)
+    scores = QueryScores.of(result)
     confidence = args.confidence / 100
     intervals, text = interval_report(scores, confidence)
     print(text)
-    invalid = [q if query.paths is None else query.paths[q] for q in result.invalid_queries]
-    details = {"num_junk": result.num_junk, "metric": metric, "camera_rule": result.camera_rule}
-    report = result.to_dict() | about | details | {"invalid_queries": invalid, "cmc": result.cmc.tolist()}
-    report |= {"intervals": intervals, "queries": scores.to_dict()}
+    verification, text = verification_report(result)
+    print(text)
+    report = result.to_dict() | about
+    report |= {
+        "num_junk": result.num_junk,
+        "metric": metric,
+        "camera_rule": result.camera_rule,
+        "invalid_queries": [q if query.paths is None else query.paths[q] for q in result.invalid_queries],
+        "cmc": result.cmc.tolist(),
+        "intervals": intervals,
+        "verification": verification,
+        "camera_pairs": [asdict(pair) for pair in result.camera_pairs()],
+        "queries": scores.to_dict(),
+    }
     if other:
         report["against"], text = difference_report(report, *other, confidence)
         print(text)

@@ -1,11 +1,14 @@
-"""Intervals and differences of retrieval figures: what is printed (in percent) and what stands in the JSON."""
+"""Intervals, differences and verification rates of a retrieval: what is printed (in percent) and stands in the JSON."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+from sabmn_ext.retrieval.result import RetrievalResult
 from sabmn_ext.retrieval.statistics import QueryScores, bootstrap, bootstrap_difference
 
 TITLES = {"map": "mAP", "map_trapezoid": "mAP (trapezoid)", "minp": "mINP", "rank1": "rank-1"}
+FALSE_POSITIVE_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def interval_report(scores: QueryScores, confidence: float) -> tuple[dict[str, Any] | None, str]:
@@ -56,3 +59,23 @@ def difference_report(
         figures[name] = {"other": that, "difference": x.value, "low": x.low, "high": x.high, "zero_within": 0 in x}
     lines.append("This covers the sample of test identities, not the noise of training: that takes several seeds.")
     return {"file": str(file), "confidence": confidence, "num_identities": count, **figures}, "\n".join(lines)
+
+
+def verification_report(result: RetrievalResult) -> tuple[dict[str, Any] | None, str]:
+    """For each of the ``FALSE_POSITIVE_RATES`` the threshold, the rate it reaches and the true-positive rate."""
+    if result.pairs is None:
+        return None, "no verification pairs"
+    pairs = result.pairs
+    lines = [
+        f"verification: {pairs.num_positives:,} pairs of one person, {pairs.num_negatives:,} of two",
+        f"{'FPR at most':16}{'TPR':>8}{'FPR':>12}{'threshold':>12}",
+    ]
+    points: list[dict[str, float | None]] = []
+    for rate in FALSE_POSITIVE_RATES:
+        point = result.verification(rate)
+        figures = {"threshold": point.threshold, "fpr": point.fpr, "tpr": point.tpr}
+        points.append({"requested_fpr": rate} | {k: x if math.isfinite(x) else None for k, x in figures.items()})
+        row = f"{100 * point.tpr:8.2f}{100 * point.fpr:12.4f}{point.threshold:12.5g}"
+        lines.append(f"{100 * rate:<16g}{row if point.measurable else '  not measurable: too few pairs of two people'}")
+    counts = {"num_positives": pairs.num_positives, "num_negatives": pairs.num_negatives}
+    return counts | {"points": points}, "\n".join(lines)

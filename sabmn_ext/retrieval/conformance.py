@@ -76,6 +76,7 @@ def answer(vector: dict[str, Any], dtype: Any = np.float64, backend: str | None 
         "expected": {
             "num_queries": result.num_queries,
             "num_valid_queries": result.num_valid_queries,
+            "match_ranks": [ranks.tolist() for ranks in np.split(result.ranks, np.cumsum(result.num_matches)[:-1])],
             **{name: per_query(getattr(result, name)) for name in ("first_match_rank", "ap", "ap_trapezoid", "inp")},
             "over_valid_queries": figures | {"cmc": result.cmc.tolist()},
             "over_all_queries": {k: x * share for k, x in figures.items()} | {"cmc": (result.cmc * share).tolist()},

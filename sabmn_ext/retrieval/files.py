@@ -62,7 +62,7 @@ def write_result(file: Path, report: dict[str, Any]) -> None:
     def lines(items: dict[str, Any], indent: str) -> str:
         inner = indent + "  "
         entries = [
-            f"{inner}{json.dumps(key)}: {lines(x, inner) if isinstance(x, dict) else json.dumps(x)}"
+            f"{inner}{json.dumps(key)}: {lines(x, inner) if isinstance(x, dict) else json.dumps(x, allow_nan=False)}"
             for key, x in items.items()
         ]
         return "{\n" + ",\n".join(entries) + f"\n{indent}}}"

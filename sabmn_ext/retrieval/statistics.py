@@ -22,7 +22,7 @@ _BLOCK_ELEMENTS = 1 << 18  # draws of an identity at a time: a few MB
 class QueryScores:
     """What a result found for each query: all that its figures and their intervals come from.
 
-    >>> scores = QueryScores.of(result, query_pids)
+    >>> scores = QueryScores.of(result)
     >>> bootstrap(scores)["map"]
     Interval(value=0.8039918, low=0.7890312, high=0.8182743)
     """
@@ -35,13 +35,9 @@ class QueryScores:
     inp: np.ndarray  # [Q]
 
     @staticmethod
-    def of(result: RetrievalResult, query_pids: Any) -> "QueryScores":
-        """The scores of ``result``, whose queries have the pids ``query_pids`` [Q]."""
-        pids = np.asarray(query_pids, dtype=np.int64)
-        if pids.shape != (result.num_queries,):
-            raise ValueError(f"query_pids has shape {list(pids.shape)}; expected [{result.num_queries}] as the result")
-        names = ("num_matches", "first_match_rank", "ap", "ap_trapezoid", "inp")
-        return QueryScores(pids, *(getattr(result, name) for name in names))
+    def of(result: RetrievalResult) -> "QueryScores":
+        names = ("query_pids", "num_matches", "first_match_rank", "ap", "ap_trapezoid", "inp")
+        return QueryScores(*(getattr(result, name) for name in names))
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Lists for JSON, NaN as None."""
