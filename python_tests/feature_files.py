@@ -18,6 +18,9 @@ def draw(seed: int, noise: float = 0.0) -> dict[str, np.ndarray]:
     for side, count in (("query", 6), ("gallery", 30)):
         arrays[f"{side}_pids"] = rng.integers(0 if side == "query" else -1, 4, count)
         arrays[f"{side}_camids"] = rng.integers(1, 4, count).astype(np.int8)
+        arrays[f"{side}_pids"][:4] = np.arange(4)
+        if side == "gallery":
+            arrays["gallery_camids"][:4] = 9  # where no query was taken: everybody has a match
         features = arrays[f"{side}_pids"][:, None] + rng.standard_normal((count, 3))
         arrays[f"{side}_features"] = (features + noise * more.standard_normal((count, 3))).astype(np.float32)
     arrays["query_pids"][5] = 99

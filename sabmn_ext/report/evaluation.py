@@ -67,14 +67,14 @@ def verification_report(result: RetrievalResult) -> tuple[dict[str, Any] | None,
         return None, "no verification pairs"
     pairs = result.pairs
     lines = [
-        f"verification: {pairs.num_positives:,} pairs of one person, {pairs.num_negatives:,} of two",
+        f"verification, rates in percent: {pairs.num_positives:,} pairs of one person, {pairs.num_negatives:,} of two",
         f"{'FPR at most':16}{'TPR':>8}{'FPR':>12}{'threshold':>12}",
     ]
-    points: list[dict[str, float | None]] = []
+    points = []
     for rate in FALSE_POSITIVE_RATES:
         point = result.verification(rate)
-        figures = {"threshold": point.threshold, "fpr": point.fpr, "tpr": point.tpr}
-        points.append({"requested_fpr": rate} | {k: x if math.isfinite(x) else None for k, x in figures.items()})
+        figures = {"requested_fpr": rate, "threshold": point.threshold, "fpr": point.fpr, "tpr": point.tpr}
+        points.append({name: x if math.isfinite(x) else None for name, x in figures.items()})
         row = f"{100 * point.tpr:8.2f}{100 * point.fpr:12.4f}{point.threshold:12.5g}"
         lines.append(f"{100 * rate:<16g}{row if point.measurable else '  not measurable: too few pairs of two people'}")
     counts = {"num_positives": pairs.num_positives, "num_negatives": pairs.num_negatives}
