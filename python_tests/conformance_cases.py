@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exact_retrieval import score
+from exact_retrieval import keeps, score
 
 FOLDER = Path(__file__).resolve().parent.parent / "sabmn_ext" / "retrieval" / "vectors"
 Item = tuple[Any, int, int]
@@ -26,18 +26,26 @@ def case(
     metric: str = "euclidean",
     cameras: bool = True,
     exclude_self: bool = False,
-    max_rank: int = 5,
+    max_rank: int | None = None,
     error: tuple[Any, ...] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """A vector without its answer; ``error``: (kind, side, row) of the refusal that is expected instead of one."""
-    columns: dict[str, Any] = {"metric": metric, "exclude_self": exclude_self, "max_rank": max_rank}
+    """A vector without its answer.
+
+    max_rank: None, for a CMC no longer than the shortest ranking (at most 5), which asks for nothing special.
+    error: (kind, side, row) of the refusal that is expected instead of an answer.
+    """
+    columns: dict[str, Any] = {"metric": metric, "exclude_self": exclude_self, "max_rank": max_rank or 5}
     for side, items in (("query", query), ("gallery", gallery)):
         features = [list(x) if isinstance(x, tuple) else [x] for x, _, _ in items]
         columns[f"{side}_features"] = features
         columns[f"{side}_pids"] = [pid for _, pid, _ in items]
         columns[f"{side}_camids"] = [camid for _, _, camid in items] if cameras else None
-    vector = {"format": 1, "name": name, "purpose": purpose, "input": columns | changes}
+    columns |= changes
+    vector = {"format": 1, "name": name, "purpose": purpose, "input": columns}
+    if max_rank is None and not error:
+        shortest = min(sum(keeps(columns, q, g) for g in range(len(gallery))) for q in range(len(query)))
+        columns["max_rank"] = min(5, shortest)
     if error:
         vector["expected_error"] = dict(zip(("kind", "side", "row"), (*error, None, None), strict=False))
     return vector
@@ -248,7 +256,7 @@ def drawn_cases() -> Iterator[dict[str, Any]]:
             [*draw(10, 0), ((1,) * dim, 99, 1)],
             draw(50, -1),
             metric=metric,
-            max_rank=60,
+            max_rank=20,
         )
 
 

@@ -201,6 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         if args.conformance:
+            for name in ("data", "format", "metric", "against", "json", "ranked"):
+                if getattr(args, name):
+                    raise ValueError(f"--{name} does not go with --conformance")
             return check_conformance(args.conformance)
         run(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:

@@ -252,12 +252,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert "wrong.json is not a conformance vector" in error_of(text)
     assert "not a conformance vector of format 1" in error_of(json.dumps(vector | {"format": 2}))
     assert "not a conformance vector of format 1" in error_of(json.dumps(vector | {"expected_error": {}}))
+    assert main(["--conformance", "--json", str(tmp_path / "a.json")]) == 2
+    assert "--json does not go with --conformance" in capsys.readouterr().err
     assert main(["--conformance", str(tmp_path / "nowhere")]) == 2
     assert "no vectors (*.json) there" in capsys.readouterr().err
 
 
 def evaluate(
-    distances: np.ndarray, query_pids: Any, gallery_pids: Any, query_camids: Any, gallery_camids: Any
+    distances: np.ndarray, query_pids: Any, gallery_pids: Any, query_camids: Any, gallery_camids: Any, max_rank: int
 ) -> tuple[float, np.ndarray]:
     """A package of somebody else, with an unstable sort's rule for ties and NaN last."""
     aps = []
@@ -269,7 +271,7 @@ def evaluate(
             aps.append((np.arange(1, len(hits) + 1) / (hits + 1)).mean())
     if not aps:
         raise AssertionError("no query has a match")
-    return float(np.mean(aps)), np.zeros(0)
+    return float(np.mean(aps)), np.zeros(max_rank)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # huge_scale, as it should
