@@ -78,7 +78,7 @@ def test_results_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureF
     assert "the list 'ap' has 5 values for 6 pids" in error(queries=queries | {"ap": queries["ap"][:5]})
     assert "a query with matches has no score" in error(queries=queries | {"ap": [None] * 6})
     assert "without junk the galleries have" in error(num_gallery=whole["num_gallery"] + 1)
-    assert start in error(num_junk=None)
+    assert "other.json is not a whole result (" in error(num_junk=None)
     assert not (tmp_path / "features.evaluation.json").exists()
 
 
@@ -89,11 +89,11 @@ def test_what_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     line = ("--features", file, "--against")
     assert f"evaluate --checkpoint {run / 'last.pt'}" in error_of(capsys, *line, run)
     assert "there is no result" in error_of(capsys, *line, tmp_path / "none.json")
-    assert "features.npz is not a whole result with its queries; write one by" in error_of(capsys, *line, file)
+    assert "features.npz is not a whole result (" in error_of(capsys, *line, file)
     assert main(["--features", str(file), "--json", str(tmp_path / "whole.json")]) == 0
     text = (tmp_path / "whole.json").read_text()
     damaged = tmp_path / "damaged.json"
     noise = np.random.default_rng(0).bytes(9)
     for content in (b"", text[: len(text) // 2].encode(), b"[]", b'{"map": 0.5}', b'{"queries": []}', noise):
         damaged.write_bytes(content)
-        assert "damaged.json is not a whole result with its queries" in error_of(capsys, *line, damaged)
+        assert "damaged.json is not a whole result (" in error_of(capsys, *line, damaged)

@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
         "queries": scores.to_dict(),
     }
     if other:
-        report["against"], text = difference_report(report, *other, confidence)
+        report["against"], text = difference_report(result, other, confidence)
         print(text)
     write_result(output, report)
     print(f"written: {output}")

@@ -1,9 +1,9 @@
 """Intervals, differences and verification rates of a retrieval: what is printed (in percent) and stands in the JSON."""
 
 import math
-from pathlib import Path
 from typing import Any
 
+from sabmn_ext.retrieval.files import StoredResult
 from sabmn_ext.retrieval.result import RetrievalResult
 from sabmn_ext.retrieval.statistics import QueryScores, bootstrap, bootstrap_difference
 
@@ -24,29 +24,22 @@ def interval_report(scores: QueryScores, confidence: float) -> tuple[dict[str, A
     return {"confidence": confidence, "num_identities": count, **limits}, "\n".join(lines)
 
 
-def difference_report(
-    report: dict[str, Any], file: Path, other: dict[str, Any], confidence: float
-) -> tuple[dict[str, Any], str]:
-    """The differences of two results (this − other) with their limits, for the JSON and as text.
-
-    Args:
-        report: this result, as ``files.write_result`` takes it.
-        file, other: the other result, as ``files.read_result`` returns it.
+def difference_report(result: RetrievalResult, other: StoredResult, confidence: float) -> tuple[dict[str, Any], str]:
+    """The differences ``result`` − ``other`` with their limits, for the JSON and as text.
 
     Raises:
         ValueError: the two are not results of the same queries and gallery (names the file).
     """
+    pair = QueryScores.of(result), other.scores
     try:
-        sizes = [each["num_gallery"] - each["num_junk"] for each in (report, other)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"without junk the galleries have {sizes[0]} and {sizes[1]} items; expected one gallery")
-        pair = [QueryScores.from_dict(each["queries"]) for each in (report, other)]
+        if (num_kept := result.num_gallery - result.num_junk) != other.num_kept:
+            raise ValueError(f"without junk the galleries have {num_kept} and {other.num_kept} items")
         differences = bootstrap_difference(*pair, confidence=confidence)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot compare with {file}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot compare with {other.file}: {error}") from None
     count = pair[0].num_identities
     lines = [
-        f"difference to {file}, {100 * confidence:g} % intervals, from resampling the {count:,} query identities",
+        f"difference to {other.file}, {100 * confidence:g} % intervals, from resampling the {count:,} query identities",
         f"{'':16}{'this':>8}{'other':>8}{'difference':>12}",
     ]
     figures: dict[str, Any] = {}
@@ -58,7 +51,7 @@ def difference_report(
         lines.append(f"{TITLES[name]:16}{100 * this:8.2f}{100 * that:8.2f}{100 * x.value:+12.2f}   {limits}")
         figures[name] = {"other": that, "difference": x.value, "low": x.low, "high": x.high, "zero_within": 0 in x}
     lines.append("This covers the sample of test identities, not the noise of training: that takes several seeds.")
-    return {"file": str(file), "confidence": confidence, "num_identities": count, **figures}, "\n".join(lines)
+    return {"file": str(other.file), "confidence": confidence, "num_identities": count, **figures}, "\n".join(lines)
 
 
 def verification_report(result: RetrievalResult) -> tuple[dict[str, Any] | None, str]:

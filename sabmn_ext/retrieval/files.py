@@ -3,12 +3,14 @@
 import json
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sabmn_ext.retrieval.inputs import as_matrix
+from sabmn_ext.retrieval.statistics import QueryScores
 
 NEEDED = ("query_features", "gallery_features", "query_pids", "gallery_pids")
 OPTIONAL = ("query_camids", "gallery_camids", "query_paths", "gallery_paths")
@@ -70,11 +72,21 @@ def write_result(file: Path, report: dict[str, Any]) -> None:
     file.write_text(lines(report, "") + "\n")
 
 
-def read_result(run: Path) -> tuple[Path, dict[str, Any]]:
-    """A result that ``write_result`` has written: the file itself, or the folder of a training run that holds it.
+@dataclass(frozen=True)
+class StoredResult:
+    """A result read from ``file``, as far as another one is compared with it."""
 
-    Returns:
-        the file, and what it holds.
+    file: Path
+    scores: QueryScores
+    num_kept: int  # gallery items without junk
+
+
+def read_result(run: Path) -> StoredResult:
+    """A result that ``write_result`` has written: ``run`` is its file, or the folder of a training run that holds it.
+
+    Raises:
+        FileNotFoundError: there is none (says how to get one).
+        ValueError: the file is damaged or something else (names it, and what is wrong).
     """
     file = run / "last.evaluation.json" if run.is_dir() else run
     if not file.is_file():
@@ -82,12 +94,11 @@ def read_result(run: Path) -> tuple[Path, dict[str, Any]]:
         raise FileNotFoundError(f"there is no result {file}{advice}")
     try:
         report = json.loads(file.read_bytes())
-        whole = isinstance(report, dict) and isinstance(report.get("queries"), dict)
-    except ValueError:  # UnicodeDecodeError among them
-        whole = False
-    if not whole:
+        if not isinstance(report, dict) or not isinstance(report.get("queries"), dict):
+            raise ValueError("it holds no scores of queries")
+        return StoredResult(file, QueryScores.from_dict(report["queries"]), report["num_gallery"] - report["num_junk"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is not a whole result with its queries; write one by: "
+            f"{file} is not a whole result ({error}); write one by: "
             "python -m sabmn_ext.evaluate --checkpoint FILE (or --features FILE)"
-        )
-    return file, report
+        ) from None
