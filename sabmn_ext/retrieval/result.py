@@ -41,12 +41,12 @@ class RetrievalResult:
     # One value for each true match, in the order of the ranks, one query after the other (num_matches says where).
     ranks: np.ndarray  # [M] int64, from 1
     match_camids: np.ndarray | None  # [M] int64
+    pairs: VerificationPairs  # see verification()
     metric: str  # "euclidean", "cosine" or "given"
     camera_rule: bool
     num_gallery: int  # as handed in, junk included
     num_junk: int  # gallery items with pid −1
     max_rank: int
-    pairs: VerificationPairs | None = None  # see verification()
 
     def _mean(self, values: np.ndarray) -> float:
         # fsum is correctly rounded: no dependence on the order or the machine.
@@ -89,8 +89,6 @@ class RetrievalResult:
         >>> point = result.verification(1e-3)
         >>> point.measurable, point.threshold, point.fpr, point.tpr
         """
-        if self.pairs is None:
-            raise ValueError("this result holds no verification pairs")
         return self.pairs.at(fpr)
 
     def camera_pairs(self) -> list[CameraPair]:
