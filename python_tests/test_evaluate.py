@@ -60,6 +60,30 @@ def test_features_give_the_table_and_the_json(
     ]
 
 
+def test_verification_in_the_table_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    arrays = draw(seed)
+    for name in arrays:
+        if name.startswith("gallery"):
+            arrays[name] = np.concatenate([arrays[name]] * 8)  # negatives enough for the higher rates
+    assert main(["--features", str(write(tmp_path, **arrays))]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "features.evaluation.json").read_text())["verification"]
+    features = [arrays[f"{side}_features"].astype(np.float64) for side in ("query", "gallery")]
+    distances = np.linalg.norm(features[0][:, None] - features[1][None], axis=-1)
+    pids, camids = ([arrays[f"{side}_{x}"] for side in ("query", "gallery")] for x in ("pids", "camids"))
+    same = pids[0][:, None] == pids[1]
+    other_camera = camids[0][:, None] != camids[1]
+    positives, negatives = distances[same & other_camera], distances[~same & other_camera & (pids[1] != -1)]
+    assert (report["num_positives"], report["num_negatives"]) == (len(positives), len(negatives))
+    point = report["points"][3]
+    assert 0.05 < point["fpr"] <= 0.1
+    assert point["fpr"] == (negatives <= point["threshold"]).mean()
+    assert point["tpr"] == (positives <= point["threshold"]).mean()
+    assert f"{100 * point['tpr']:8.2f}{100 * point['fpr']:12.4f}{point['threshold']:12.5g}\n" in printed
+    assert report["points"][0] == {"requested_fpr": 1e-4, "threshold": None, "fpr": None, "tpr": None}
+    assert "0.01              not measurable: too few pairs of two people\n" in printed
+
+
 def test_a_folder_of_npy_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
     folder = tmp_path / "features"
     folder.mkdir()
