@@ -198,41 +198,67 @@ void define_spectral_norm_cuda(py::module_& m) {
 
 // (address, rows, columns, row stride, column stride)
 using MatrixFields = std::array<std::int64_t, 5>;
-// The members of Matches, in their order.
-using MatchFields = std::array<std::uintptr_t, 6>;
 
 Matrix matrix_of(const MatrixFields& fields, int dtype) {
     return {pointer<void>(fields[0]), fields[1], fields[2], fields[3], fields[4], static_cast<DType>(dtype)};
 }
 
+// The members of the structs, in their order; the index of the first gallery item comes last among the labels.
+using LabelFields = std::array<std::int64_t, 5>;
+using MatchFields = std::array<std::int64_t, 4>;
+using BinFields = std::array<std::int64_t, 4>;
+
+Labels labels_of(const LabelFields& fields) {
+    return {pointer<std::int32_t>(fields[0]), pointer<std::int32_t>(fields[1]), pointer<std::int32_t>(fields[2]),
+            pointer<std::int32_t>(fields[3]), fields[4]};
+}
+
 Matches matches_of(const MatchFields& fields) {
-    return {pointer<std::int64_t>(fields[0]), pointer<std::int64_t>(fields[1]), pointer<std::int64_t>(fields[2]),
-            pointer<double>(fields[3]),       pointer<std::int64_t>(fields[4]), pointer<std::int64_t>(fields[5])};
+    return {pointer<std::int64_t>(fields[0]), pointer<double>(fields[1]), pointer<std::int64_t>(fields[2]),
+            pointer<std::int64_t>(fields[3])};
+}
+
+Bins bins_of(const BinFields& fields) {
+    return {fields[0], fields[1], fields[2], pointer<std::int64_t>(fields[3])};
+}
+
+int squared_norms(const MatrixFields& features, std::uintptr_t norms, std::uintptr_t workspace, int dtype, int threads) {
+    py::gil_scoped_release release;
+    return for_isa(SABMN_VARIANTS(squared_norms))(matrix_of(features, dtype), pointer<double>(norms),
+                                                  pointer<double>(workspace), usable_threads(threads));
 }
 
 int pair_distances(const MatrixFields& query, const MatrixFields& gallery, std::uintptr_t query_indices,
                    std::uintptr_t gallery_indices, std::int64_t num_pairs, int metric, std::uintptr_t distances,
                    std::uintptr_t workspace, int dtype, int threads) {
     py::gil_scoped_release release;
-    const Tiles tiles = {1, 1, pointer<double>(workspace), usable_threads(threads)};
-    return for_isa(SABMN_VARIANTS(pair_distances))(matrix_of(query, dtype), matrix_of(gallery, dtype),
-                                                   pointer<std::int64_t>(query_indices),
-                                                   pointer<std::int64_t>(gallery_indices), num_pairs,
-                                                   static_cast<Metric>(metric), pointer<double>(distances), tiles);
+    return for_isa(SABMN_VARIANTS(pair_distances))(
+        matrix_of(query, dtype), matrix_of(gallery, dtype), pointer<std::int64_t>(query_indices),
+        pointer<std::int64_t>(gallery_indices), num_pairs, static_cast<Metric>(metric), pointer<double>(distances),
+        pointer<double>(workspace), usable_threads(threads));
 }
 
-int count_nonmatches(const MatrixFields& query, const MatrixFields& gallery, const MatchFields& matches, int metric,
-                     std::int64_t query_rows, std::int64_t gallery_rows, std::uintptr_t workspace, int dtype,
-                     int threads) {
+std::int64_t count_workspace(std::int64_t dim, std::int64_t block_rows, std::int64_t tile_rows, std::int64_t num_bins,
+                             int threads) {
+    return for_isa(SABMN_VARIANTS(count_workspace))(dim, block_rows, tile_rows, num_bins, threads);
+}
+
+int count_nonmatches(const MatrixFields& query, const MatrixFields& gallery, const LabelFields& labels,
+                     const MatchFields& matches, const BinFields& bins, int metric, std::uintptr_t center, int scale,
+                     std::int64_t block_rows, std::int64_t tile_rows, std::uintptr_t workspace, int dtype, int threads) {
     py::gil_scoped_release release;
-    const Tiles tiles = {query_rows, gallery_rows, pointer<double>(workspace), usable_threads(threads)};
+    const Filter filter = {pointer<double>(center), scale, block_rows, tile_rows, pointer<char>(workspace),
+                           usable_threads(threads)};
     return for_isa(SABMN_VARIANTS(count_nonmatches))(matrix_of(query, dtype), matrix_of(gallery, dtype),
-                                                     matches_of(matches), static_cast<Metric>(metric), tiles);
+                                                     labels_of(labels), matches_of(matches),
+                                                     static_cast<Metric>(metric), bins_of(bins), filter);
 }
 
-int count_nonmatches_in_rows(const MatrixFields& rows, const MatchFields& matches, int dtype, int threads) {
+int count_nonmatches_in_rows(const MatrixFields& rows, const LabelFields& labels, const MatchFields& matches,
+                             const BinFields& bins, int dtype, int threads) {
     py::gil_scoped_release release;
-    return for_isa(SABMN_VARIANTS(count_nonmatches_in_rows))(matrix_of(rows, dtype), matches_of(matches),
+    return for_isa(SABMN_VARIANTS(count_nonmatches_in_rows))(matrix_of(rows, dtype), labels_of(labels),
+                                                             matches_of(matches), bins_of(bins),
                                                              usable_threads(threads));
 }
 
@@ -362,8 +388,10 @@ PYBIND11_MODULE(_sabmn_ext, m) {
     m.def("spectral_norm_workspace", spectral_norm_workspace);
     m.def("spectral_norm_forward", spectral_norm_forward);
     m.def("spectral_norm_backward", spectral_norm_backward);
-    m.def("rank_workspace", rank_workspace);
+    m.attr("BIN_BITS") = bin_bits;
+    m.def("squared_norms", squared_norms);
     m.def("pair_distances", pair_distances);
+    m.def("count_workspace", count_workspace);
     m.def("count_nonmatches", count_nonmatches);
     m.def("count_nonmatches_in_rows", count_nonmatches_in_rows);
 

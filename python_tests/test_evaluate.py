@@ -10,39 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from feature_files import LABELS, draw, error_of, write
 from PIL import Image
 
 from sabmn_ext.evaluate import main
 from sabmn_ext.retrieval import evaluate_retrieval
-
-LABELS = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")
-
-
-def draw(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    arrays: dict[str, np.ndarray] = {}
-    for side, count in (("query", 6), ("gallery", 30)):
-        arrays[f"{side}_pids"] = rng.integers(0 if side == "query" else -1, 4, count)
-        arrays[f"{side}_camids"] = rng.integers(1, 4, count).astype(np.int8)
-        noise = rng.standard_normal((count, 3))
-        arrays[f"{side}_features"] = (arrays[f"{side}_pids"][:, None] + noise).astype(np.float32)
-    arrays["query_pids"][5] = 99  # has no match
-    return arrays
-
-
-def write(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    file = folder / "features.npz"
-    arrays = draw(seed) | changes
-    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
-    return file
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
+from sabmn_ext.retrieval.statistics import FIGURES, QueryScores, bootstrap
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -59,13 +32,114 @@ def test_features_give_the_table_and_the_json(
         metric=metric,
         max_rank=7,
     )
-    assert expected.table() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert expected.table() in printed
+    assert "6 queries (1 without a valid match" in printed
+    assert f"chance {100 * expected.chance_map:7.2f}" in printed
     report = json.loads((tmp_path / "features.evaluation.json").read_text())
     assert {name: report[name] for name in expected.to_dict()} == expected.to_dict()
     assert report["cmc"] == expected.cmc.tolist()
     assert len(report["cmc"]) == 7
     assert report["invalid_queries"] == [5]
     assert (report["metric"], report["camera_rule"], report["features"]) == (metric, True, str(file))
+    scores = QueryScores.of(expected)
+    assert report["queries"] == scores.to_dict()
+    assert report["queries"]["ap"][5] is None
+    assert report["camera_pairs"] == [dataclasses.asdict(pair) for pair in expected.camera_pairs()] != []
+    intervals = bootstrap(scores)
+    assert report["intervals"]["num_identities"] == scores.num_identities
+    for name, title in zip(FIGURES, ("mAP", "mAP (trapezoid)", "mINP", "rank-1"), strict=True):
+        x = intervals[name]
+        assert report["intervals"][name] == [x.low, x.high]
+        assert f"{title:16}{100 * x.value:8.2f}   {100 * x.low:6.2f} … {100 * x.high:6.2f}\n" in printed
+    assert main(["--features", str(file), "--metric", metric, "--confidence", "50"]) == 0
+    half = json.loads((tmp_path / "features.evaluation.json").read_text())["intervals"]
+    assert [half["map_trapezoid"], half["confidence"]] == [
+        list(dataclasses.astuple(bootstrap(scores, confidence=0.5)["map_trapezoid"]))[1:],
+        0.5,
+    ]
+
+
+def test_verification_in_the_table_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    arrays = draw(seed)
+    for name in arrays:
+        if name.startswith("gallery"):
+            arrays[name] = np.concatenate([arrays[name]] * 8)  # negatives enough for the higher rates
+    assert main(["--features", str(write(tmp_path, **arrays))]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "features.evaluation.json").read_text())["verification"]
+    features = [arrays[f"{side}_features"].astype(np.float64) for side in ("query", "gallery")]
+    distances = np.linalg.norm(features[0][:, None] - features[1][None], axis=-1)
+    pids, camids = ([arrays[f"{side}_{x}"] for side in ("query", "gallery")] for x in ("pids", "camids"))
+    same = pids[0][:, None] == pids[1]
+    other_camera = camids[0][:, None] != camids[1]
+    positives, negatives = distances[same & other_camera], distances[~same & other_camera & (pids[1] != -1)]
+    assert (report["num_positives"], report["num_negatives"]) == (len(positives), len(negatives))
+    point = report["points"][3]
+    assert 0.05 < point["fpr"] <= 0.1
+    assert point["fpr"] == (negatives <= point["threshold"]).mean()
+    assert point["tpr"] == (positives <= point["threshold"]).mean()
+    assert f"{100 * point['tpr']:8.2f}{100 * point['fpr']:12.4f}{point['threshold']:12.5g}\n" in printed
+    assert report["points"][0] == {"requested_fpr": 1e-4, "threshold": None, "fpr": None, "tpr": None}
+    assert "0.01              not measurable: too few pairs of two people\n" in printed
+
+
+def test_a_folder_of_npy_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name, array in (draw(seed) | {"something": np.array([{}])}).items():
+        np.save(folder / f"{name}.npy", array)
+    assert main(["--features", str(folder), "--json", str(tmp_path / "a.json")]) == 0
+    assert main(["--features", str(write(tmp_path, seed)), "--json", str(tmp_path / "b.json")]) == 0
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert [a.pop("features"), b.pop("features")] == [str(folder), str(tmp_path / "features.npz")]
+    assert a == b
+
+    file = folder / "gallery_features.npy"
+    whole = file.read_bytes()
+    for cut in (0, 5, 90, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        assert "gallery_features.npy is not a whole .npy file" in error_of(capsys, "--features", folder)
+    file.unlink()
+    assert "lacks gallery_features; it holds gallery_camids, gallery_pids" in error_of(capsys, "--features", folder)
+    np.save(folder / "query_pids.npy", np.array([{}] * 6))
+    assert "query_pids.npy is not a whole .npy file of a plain array" in error_of(capsys, "--features", folder)
+
+
+def test_one_identity_has_no_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, query_pids=np.full(6, 2), query_camids=np.full(6, 8))
+    assert main(["--features", str(file)]) == 0
+    assert "no intervals: they come from resampling identities, and one alone" in capsys.readouterr().out
+    assert json.loads((tmp_path / "features.evaluation.json").read_text())["intervals"] is None
+
+
+BAD = [
+    ({"query_features": np.zeros((0, 3), np.float32), "query_pids": [], "query_camids": []}, "there are no queries"),
+    (
+        {"gallery_features": np.zeros((0, 3), np.float32), "gallery_pids": [], "gallery_camids": []},
+        "there are no gallery items",
+    ),
+    ({"query_pids": [1, 2]}, "query_pids has shape [2]; expected [6]"),
+    ({"gallery_camids": np.ones(31, int)}, "gallery_camids has shape [31]; expected [30]"),
+    ({"gallery_camids": None}, "one of query_camids and gallery_camids is missing"),
+    ({"gallery_pids": np.linspace(0, 1, 30)}, "gallery_pids must be integers, but has dtype float64"),
+    ({"gallery_features": np.zeros((30, 4), np.float32)}, "[6, 3] and [30, 4]"),
+    ({"gallery_features": np.zeros((30, 3))}, "one dtype and device"),
+    ({"query_features": np.zeros((6, 3), np.int32)}, "query_features: expected a tensor or array of float16"),
+    ({"query_features": np.zeros(6, np.float32)}, "query_features has shape [6]; expected two dimensions"),
+    ({"query_features": np.float32(1)}, "query_features has shape []; expected two dimensions"),
+    ({"query_features": np.full((6, 3), np.inf, np.float32)}, "query_features row 0 holds NaN or infinite"),
+    ({"query_pids": np.arange(50, 56)}, "no query has a valid match in the gallery: their pids do not meet"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_arrays_give_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    assert message in error_of(capsys, "--features", write(tmp_path, **changes))
+    assert not list(tmp_path.glob("*.json"))
+
 
 
 def test_without_cameras_and_without_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +181,10 @@ def test_bad_files_give_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no folder" in error_of(capsys, "--features", write(tmp_path), "--json", tmp_path / "none" / "a.json")
     assert "--flip goes with --checkpoint" in error_of(capsys, "--features", write(tmp_path), "--flip")
     assert "query_paths" in error_of(capsys, "--features", write(tmp_path), "--ranked", tmp_path / "a.png")
+    for percent in ("0", "100", "-5", "nan"):
+        assert f"--confidence {percent}: expected percent between 0 and 100" in error_of(
+            capsys, "--features", write(tmp_path), "--confidence", percent
+        )
     assert "max_rank" in error_of(capsys, "--features", write(tmp_path), "--max-rank", "0")
     assert not list(tmp_path.glob("*.json"))
 

@@ -1,11 +1,9 @@
 """``python -m sabmn_ext.evaluate``: score a checkpoint on a data set, or features, by Market-1501's rules."""
 
 import argparse
-import json
 import sys
-import zipfile
-import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +11,33 @@ import numpy as np
 import torch
 
 from sabmn_ext.ops.retrieval import METRICS
+from sabmn_ext.report.evaluation import difference_report, interval_report, verification_report
 from sabmn_ext.report.ranked import Side, draw_ranked, pick_queries
+from sabmn_ext.retrieval import conformance
 from sabmn_ext.retrieval.evaluation import evaluate_retrieval
+from sabmn_ext.retrieval.files import NEEDED, OPTIONAL, read_features, read_result, write_result
 from sabmn_ext.retrieval.inputs import as_matrix
-
-NEEDED = ("query_features", "gallery_features", "query_pids", "gallery_pids")
-OPTIONAL = ("query_camids", "gallery_camids", "query_paths", "gallery_paths")
+from sabmn_ext.retrieval.statistics import QueryScores
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sabmn_ext.evaluate",
         description="Score a trained network on a data set, or features of any origin.",
-        epilog=f"An .npz file of features holds {', '.join(NEEDED)} and, where there are any, {', '.join(OPTIONAL)}.",
+        epilog=f"Features are an .npz file, or a folder of .npy files, with {', '.join(NEEDED)} and, where there are "
+        f"any, {', '.join(OPTIONAL)}.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="a network that sabmn_ext.train has written")
-    source.add_argument("--features", type=Path, metavar="FILE", help="an .npz file of features and labels")
+    source.add_argument("--features", type=Path, metavar="FILE", help="features and labels: .npz, or a folder of .npy")
+    source.add_argument(
+        "--conformance",
+        type=Path,
+        metavar="DIR",
+        nargs="?",
+        const=conformance.VECTORS,
+        help="test this evaluator on small retrievals with exact answers (default: those of the package)",
+    )
     parser.add_argument("--data", metavar="PATH", help="data set for --checkpoint (default: the one trained on)")
     parser.add_argument("--format", help="layout of the data set (default: recognised)")
     parser.add_argument("--metric", choices=METRICS, help="distance (default: the checkpoint's, else euclidean)")
@@ -42,37 +50,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--on-error", choices=("stop", "skip"), default="stop", help="an unreadable image ends it, or is left out"
     )
+    parser.add_argument("--confidence", type=float, default=95, metavar="P", help="of the intervals, in percent (95)")
+    parser.add_argument(
+        "--against", type=Path, metavar="RUN", help="compare with a result: its JSON, or a run's folder that has one"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="result (default: NAME.evaluation.json beside NAME)")
     parser.add_argument("--ranked", type=Path, metavar="FILE.png", help="draw the best, median and worst ranked lists")
     return parser
 
 
-def read_features(file: Path) -> tuple[Side, Side]:
-    """Both sides from an .npz file; never unpickles. A ValueError says what is missing or damaged."""
-    if not file.is_file():
-        raise FileNotFoundError(f"features {file}: no such file")
-    try:
-        archive = np.load(file, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("it holds one bare array; write it with numpy.savez")
-        with archive:
-            arrays = {name: archive[name] for name in (*NEEDED, *OPTIONAL) if name in archive.files}
-            found = archive.files
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{file} is not a whole .npz file of plain arrays: {error}") from None
-    missing = [name for name in NEEDED if name not in arrays]
-    if missing:
-        raise ValueError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(found) or 'nothing'}")
+def given_features(source: Path) -> tuple[Side, Side, dict[str, Any]]:
+    """Both sides from files of features, and what to note in the result."""
+    arrays = read_features(source)
 
     def side(name: str) -> Side:
-        features = as_matrix(f"{name}_features", arrays[f"{name}_features"])
         paths = arrays.get(f"{name}_paths")
-        if paths is not None and paths.shape != (len(features),):
-            raise ValueError(f"{name}_paths has shape {list(paths.shape)}; expected [{len(features)}]")
         names = None if paths is None else [str(path) for path in paths]
+        features = as_matrix(f"{name}_features", arrays[f"{name}_features"])
         return Side(features, arrays[f"{name}_pids"], arrays.get(f"{name}_camids"), names)
 
-    return side("query"), side("gallery")
+    return side("query"), side("gallery"), {"features": str(source)}
 
 
 def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
@@ -123,18 +120,20 @@ def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, print the table, write the JSON and the picture."""
+    """Evaluate, print the tables, write the JSON and the picture."""
     source: Path = args.checkpoint or args.features
     output: Path = args.json or source.with_name(f"{source.stem}.evaluation.json")
     for option, file in (("--json", args.json), ("--ranked", args.ranked)):
         if file is not None and not file.resolve().parent.is_dir():
             raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
+    if not 0 < args.confidence < 100:
+        raise ValueError(f"--confidence {args.confidence:g}: expected percent between 0 and 100, such as 95")
+    other = read_result(args.against) if args.against else None
     if args.features:
         given = [name for name in ("data", "format", "batch_size", "flip") if getattr(args, name)]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} goes with --checkpoint, not with --features")
-        query, gallery = read_features(args.features)
-        about: dict[str, Any] = {"features": str(args.features)}
+        query, gallery, about = given_features(args.features)
     else:
         query, gallery, about = extract(args)
     if args.ranked and (query.paths is None or gallery.paths is None):
@@ -157,11 +156,29 @@ def run(args: argparse.Namespace) -> None:
         query_names=query.paths,
         gallery_names=gallery.paths,
     )
-    invalid = [q if query.paths is None else query.paths[q] for q in result.invalid_queries]
-    details = {"num_junk": result.num_junk, "metric": metric, "camera_rule": result.camera_rule}
-    report = result.to_dict() | about | details | {"invalid_queries": invalid, "cmc": result.cmc.tolist()}
-    output.write_text(json.dumps(report, indent=2) + "\n")
     print(result.table())
+    scores = QueryScores.of(result)
+    confidence = args.confidence / 100
+    intervals, text = interval_report(scores, confidence)
+    print(text)
+    verification, text = verification_report(result)
+    print(text)
+    report = result.to_dict() | about
+    report |= {
+        "num_junk": result.num_junk,
+        "metric": metric,
+        "camera_rule": result.camera_rule,
+        "invalid_queries": [q if query.paths is None else query.paths[q] for q in result.invalid_queries],
+        "cmc": result.cmc.tolist(),
+        "intervals": intervals,
+        "verification": verification,
+        "camera_pairs": [asdict(pair) for pair in result.camera_pairs()],
+        "queries": scores.to_dict(),
+    }
+    if other:
+        report["against"], text = difference_report(result, other, confidence)
+        print(text)
+    write_result(output, report)
     print(f"written: {output}")
     if args.ranked:
         titles = pick_queries(result.ap, query.pids)
@@ -169,9 +186,25 @@ def run(args: argparse.Namespace) -> None:
         print(f"written: {args.ranked}")
 
 
+def check_conformance(folder: Path) -> int:
+    """A line for every vector, and how many agree; 1 where one does not."""
+    wrong = total = 0
+    for name, differences in conformance.check(folder):
+        print(f"{'DIFFERS' if differences else 'ok':8}{name}")
+        print("".join(f"        {line}\n" for line in differences), end="")
+        total, wrong = total + 1, wrong + bool(differences)
+    print(f"{total} vectors: {total - wrong} agree, {wrong} differ")
+    return int(wrong > 0)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
+        if args.conformance:
+            for name in ("data", "format", "metric", "against", "json", "ranked"):
+                if getattr(args, name):
+                    raise ValueError(f"--{name} does not go with --conformance")
+            return check_conformance(args.conformance)
         run(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,20 +19,38 @@ struct Matrix {
     DType dtype;
 };
 
-// The labels of both sides and every query's true matches, sorted by (distance, index), in CSR form.
-struct Matches {
-    const int64_t* query_pids;    // [Q]
-    const int64_t* gallery_pids;  // [G], -1: dropped
-    const int64_t* offsets;       // [Q + 1]
-    const double* distances;      // [M]
-    const int64_t* indices;       // [M]
-    int64_t* counts;              // [M], written: the valid non-matches before each true match
+// Codes that are compared for equality; pid −1: dropped. Without cameras both camids are null.
+struct Labels {
+    const int32_t* query_pids;      // [Q]
+    const int32_t* gallery_pids;    // [G]
+    const int32_t* query_camids;    // [Q]
+    const int32_t* gallery_camids;  // [G]
+    int64_t first;                  // the index of the first gallery item in the whole gallery
 };
 
-// `query_rows` × `gallery_rows` pairs at a time, in a workspace of `threads` parts; see rank_workspace.
-struct Tiles {
-    int64_t query_rows, gallery_rows;  // multiples of 4
-    double* workspace;
+// Every query's true matches, sorted by (distance, index), in CSR form.
+struct Matches {
+    const int64_t* offsets;    // [Q + 1]
+    const double* distances;   // [M]
+    const int64_t* indices;    // [M] in the whole gallery
+    int64_t* counts;           // [M], written: the valid non-matches before each true match
+};
+
+// The histogram's bins: see bin_of in exact.h. Edges are the numbers with 1 + bin_bits significant bits; those up to the
+// key `lowest` (a double's leading bits) are left out; `negative` bins hold distances ≤ 0.
+constexpr int bin_bits = 10;
+struct Bins {
+    int64_t lowest, negative, count;
+    int64_t* counts;  // [count], written: the negatives
+};
+
+// The features of both sides less `center`, times 2^scale, should be at most 1 long: else the filter is sure of nothing.
+struct Filter {
+    const double* center;  // [columns]; of the unit vectors for the cosine
+    int scale;
+    int64_t block_rows;   // queries that are held packed at a time
+    int64_t tile_rows;    // gallery items that are
+    char* workspace;      // count_workspace bytes
     int threads;
 };
 
@@ -41,17 +59,15 @@ constexpr int num_lanes = 16;  // a sum over the features is 16 interleaved sums
 // static: a copy for each instruction set, see isa.h.
 static inline int64_t padded_dim(int64_t dim) { return (dim + num_lanes - 1) / num_lanes * num_lanes; }
 
-// Doubles that one thread needs.
-static inline int64_t rank_workspace(int64_t query_rows, int64_t gallery_rows, int64_t dim) {
-    return (query_rows + gallery_rows) * (padded_dim(dim) + 1) + query_rows * gallery_rows;
-}
-
 SABMN_FOR_EACH_ISA(
+    int squared_norms(const Matrix& features, double* norms, double* workspace, int threads);
     int pair_distances(const Matrix& query, const Matrix& gallery, const int64_t* query_indices,
                        const int64_t* gallery_indices, int64_t num_pairs, Metric metric, double* distances,
-                       const Tiles& tiles);
-    int count_nonmatches(const Matrix& query, const Matrix& gallery, const Matches& matches, Metric metric,
-                         const Tiles& tiles);
-    int count_nonmatches_in_rows(const Matrix& rows, const Matches& matches, int threads);)
+                       double* workspace, int threads);
+    int64_t count_workspace(int64_t dim, int64_t block_rows, int64_t tile_rows, int64_t num_bins, int threads);
+    int count_nonmatches(const Matrix& query, const Matrix& gallery, const Labels& labels, const Matches& matches,
+                         Metric metric, const Bins& bins, const Filter& filter);
+    int count_nonmatches_in_rows(const Matrix& rows, const Labels& labels, const Matches& matches, const Bins& bins,
+                                 int threads);)
 
 }  // namespace sabmn

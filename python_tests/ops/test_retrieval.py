@@ -1,8 +1,11 @@
 """The retrieval ops: the same bits from every backend, instruction set, tile and number of threads."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,14 +18,68 @@ DIMS = (1, 15, 16, 17, 131)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def draw_labels(num_queries: int, num_gallery: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query_pids, gallery_pids with junk, offsets, matches: every other item with the query's pid."""
+@dataclass
+class Case:
+    """Both sides' codes, and every other item with the query's pid as its true matches."""
+
+    query_pids: Tensor
+    gallery_pids: Tensor  # with junk
+    query_camids: Tensor | None
+    gallery_camids: Tensor | None
+    offsets: Tensor
+    matches: Tensor
+
+    def part(self, first: int, last: int) -> "Case":
+        """The queries first … last − 1."""
+        begin, end = self.offsets[first], self.offsets[last]
+        offsets = self.offsets[first : last + 1] - begin
+        camids = None if self.query_camids is None else self.query_camids[first:last]
+        pids = self.query_pids[first:last]
+        return Case(pids, self.gallery_pids, camids, self.gallery_camids, offsets, self.matches[begin:end])
+
+
+def draw_case(num_queries: int, num_gallery: int, seed: int, pids: int = 6, cameras: bool = True) -> Case:
     generator = torch.Generator().manual_seed(seed)
-    query_pids = torch.randint(0, 6, (num_queries,), generator=generator)
-    gallery_pids = torch.randint(-1, 6, (num_gallery,), generator=generator)
-    lists = [(gallery_pids == pid).nonzero()[::2, 0] for pid in query_pids]
+
+    def draw(lowest: int, highest: int, count: int) -> Tensor:
+        return torch.randint(lowest, highest, (count,), generator=generator, dtype=torch.int32)
+
+    query_pids, gallery_pids = draw(-1, pids, num_queries), draw(-1, pids, num_gallery)
+    camids = (draw(0, 3, num_queries), draw(0, 3, num_gallery)) if cameras else (None, None)
+    lists = [((gallery_pids == pid) & (pid != -1)).nonzero()[::2, 0] for pid in query_pids]
     offsets = torch.tensor([0, *(len(items) for items in lists)]).cumsum(0)
-    return query_pids, gallery_pids, offsets, torch.cat(lists)
+    return Case(query_pids, gallery_pids, *camids, offsets, torch.cat(lists))
+
+
+def rank(
+    query: Tensor | None,
+    gallery: Tensor,
+    case: Case,
+    metric: str = "euclidean",
+    backend: str | None = None,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The ranks of the matches, and the histogram of the non-matches."""
+    query_of = torch.repeat_interleave(torch.arange(len(case.query_pids)), case.offsets.diff())
+    if query is None:
+        distances, exponent = gallery[query_of, case.matches].double(), 64
+    else:
+        norms = [torch.ops.sabmn_ext.squared_norms(x, backend).max() for x in (query, gallery)]
+        exponent = retrieval.distance_exponent(float(max(norms)), metric)
+        pairs = query_of, case.matches
+        distances = torch.ops.sabmn_ext.pair_distances(query, gallery, *pairs, metric, backend)
+    order = np.lexsort((case.matches, distances, query_of))
+    labels = case.query_pids, case.gallery_pids, case.query_camids, case.gallery_camids, case.offsets
+    matches = distances[order], case.matches[order] + first
+    counts, histogram = torch.ops.sabmn_ext.count_nonmatches(
+        query, gallery, *labels, *matches, first, metric, exponent, backend
+    )
+    return counts + torch.arange(1, len(order) + 1) - case.offsets[query_of], histogram
+
+
+def assert_same(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], message: object = None) -> None:
+    assert torch.equal(ours[0], expected[0]), message
+    assert torch.equal(ours[1], expected[1]), message
 
 
 def draw_features(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -63,58 +120,161 @@ def test_reference_distances_against_correctly_rounded_sums(dim: int, metric: st
         assert value == pytest.approx(expected, rel=1e-14, abs=1e-15)
 
 
+def near_duplicates(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Raw features of little spread, far from 0: ‖q‖² + ‖g‖² − 2qg has no correct digit left."""
+    generator = torch.Generator().manual_seed(seed)
+    base = 30 * torch.randn(1, dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64)
+    return (base + 1e-3 * torch.randn(rows, dim, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def small_integers(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-2, 3, (rows, dim), generator=generator) + 5 * (torch.arange(dim) == 0)).to(dtype)
+
+
+def next_to_ties(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """All at one distance from the origin but for the last bit of a coordinate or two."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (rows, dim), generator=generator) * 2 - 1
+    wobble = torch.randint(-1, 2, (rows, dim), generator=generator) * (torch.rand(rows, dim, generator=generator) < 0.1)
+    return (signs * (1 + torch.finfo(dtype).eps * wobble)).to(dtype)
+
+
+def one_point(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """A collapsed model."""
+    return torch.linspace(0.1, 0.9, dim).repeat(rows, 1).to(dtype)
+
+
+def huge_and_tiny(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Rows of very different length: most vanish in float32 at the scale of the longest."""
+    exponents = torch.linspace(-1, 1, rows, dtype=torch.float64)[torch.randperm(rows)]
+    scale = 2.0 ** (exponents * {torch.float16: 3, torch.float32: 40, torch.bfloat16: 40, torch.float64: 300}[dtype])
+    return (scale[:, None] * torch.randn(rows, dim, dtype=torch.float64)).to(dtype)
+
+
+DRAWS = (draw_features, near_duplicates, small_integers, next_to_ties, one_point, huge_and_tiny)
+
+
 @native
 @pytest.mark.parametrize("metric", retrieval.METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("draw", DRAWS)
 def test_backends_and_instruction_sets_agree_bit_for_bit(
-    dim: int, dtype: torch.dtype, metric: str, isas: list[str]
+    draw: Callable[..., Tensor], dim: int, dtype: torch.dtype, metric: str, isas: list[str], seed: int
 ) -> None:
     assert _native.module is not None
-    query, gallery = draw_features(7, dim, dtype, dim), draw_features(51, dim, dtype, dim + 1)
+    query, gallery = draw(7, dim, dtype, 100 * seed + dim), draw(51, dim, dtype, 100 * seed + dim + 1)
     query[2] = gallery[5]
-    labels = draw_labels(7, 51, dim)
+    if metric == "cosine":
+        query[query == 0], gallery[gallery == 0] = 1, 1
+    case = draw_case(7, 51, 100 * seed + dim, cameras=dim % 2 == 1)
     pairs = torch.cartesian_prod(torch.arange(7), torch.arange(51)).T
     distances = reference.pair_distances(query, gallery, *pairs, metric)
-    ranks = retrieval.rank_matches(query, gallery, *labels, metric=metric, backend="torch")
+    norms, expected = reference.squared_norms(gallery), rank(query, gallery, case, metric, "torch")
     for isa in isas:
         _native.module.set_isa(isa)
         with dispatch.record() as calls:
+            assert torch.equal(torch.ops.sabmn_ext.squared_norms(gallery, None), norms), isa
             ours = torch.ops.sabmn_ext.pair_distances(query, gallery, *pairs, metric, None)
-            our_ranks = retrieval.rank_matches(query, gallery, *labels, metric=metric)
-        assert calls == [("pair_distances", "cpu")] * 2 + [("count_nonmatches", "cpu")]
+            assert_same(rank(query, gallery, case, metric), expected, isa)
+        assert {backend for _, backend in calls} == {"cpu"}
         assert torch.equal(ours, distances), isa
-        assert torch.equal(our_ranks, ranks), isa
 
 
 @native
 @pytest.mark.parametrize("metric", retrieval.METRICS)
-def test_tiles_and_threads_change_nothing(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, gallery = draw_features(37, 33, torch.float32, 0), draw_features(301, 33, torch.float32, 1)
-    labels = draw_labels(37, 301, 2)
-    expected = retrieval.rank_matches(query, gallery, *labels, metric=metric, backend="torch")
+@pytest.mark.parametrize("draw", [draw_features, near_duplicates, small_integers, next_to_ties])
+def test_larger_than_a_tile(draw: Callable[..., Tensor], metric: str, isas: list[str], seed: int) -> None:
+    """Several query panels and gallery tiles; 70 and more matches for some queries, which are counted another way."""
+    assert _native.module is not None
+    query, gallery = draw(61, 150, torch.float32, seed), draw(1201, 150, torch.float32, seed + 1)
+    case = draw_case(61, 1201, seed, pids=9)
+    counts = case.offsets.diff()
+    assert int(counts.max()) > 64
+    few = draw_case(61, 1201, seed + 1, pids=25)
+    assert 0 < int(few.offsets.diff().max()) <= 64
+    for labels in (case, few):
+        expected = rank(query, gallery, labels, metric, "torch")
+        for isa in isas:
+            _native.module.set_isa(isa)
+            assert_same(rank(query, gallery, labels, metric), expected, isa)
+
+
+@pytest.mark.parametrize("metric", retrieval.METRICS)
+def test_histogram_against_plain_counting(metric: str, seed: int) -> None:
+    query, gallery = draw_features(9, 20, torch.float32, seed), draw_features(80, 20, torch.float32, seed + 1)
+    case = draw_case(9, 80, seed)
+    pairs = torch.cartesian_prod(torch.arange(9), torch.arange(80)).T
+    distances = reference.pair_distances(query, gallery, *pairs, metric)
+    assert case.query_camids is not None
+    assert case.gallery_camids is not None
+    q, g = pairs
+    negative = (case.query_pids[q] != case.gallery_pids[g]) & (case.query_pids[q] != -1) & (case.gallery_pids[g] != -1)
+    negative &= case.query_camids[q] != case.gallery_camids[g]
+    norm = max(float(reference.squared_norms(x).max()) for x in (query, gallery))
+    limits = retrieval.bins(retrieval.distance_exponent(norm, metric), signed=False)
+    edges = reference.bin_edges(*limits)
+    assert bool((edges.diff() > 0).all())
+    assert limits[2] >= 2**16
+    histogram = rank(query, gallery, case, metric)[1]
+    for k in histogram.nonzero()[:, 0].tolist():
+        inside = negative & (distances > edges[k]) & (distances <= edges[k + 1])
+        assert int(histogram[k]) == int(inside.sum())
+    assert int(histogram.sum()) == int(negative.sum())
+
+
+def test_bins_are_ordered_and_an_upper_edge_belongs_to_its_bin() -> None:
+    for limits in (retrieval.bins(4, signed=False), retrieval.bins(64, signed=True), retrieval.bins(-31, signed=False)):
+        edges = reference.bin_edges(*limits)
+        inner = edges[1:-1]
+        assert torch.equal(reference.bin_of(inner, *limits), torch.arange(limits[2] - 1))
+        above = torch.nextafter(inner, torch.full_like(inner, torch.inf))
+        assert torch.equal(reference.bin_of(above, *limits), torch.arange(1, limits[2]))
+        assert reference.bin_of(edges[[0, -1]], *limits).tolist() == [0, limits[2] - 1]
+
+
+@native
+@pytest.mark.parametrize("metric", retrieval.METRICS)
+@pytest.mark.parametrize("draw", [draw_features, near_duplicates])
+def test_tiles_blocks_and_threads_change_nothing(
+    draw: Callable[..., Tensor], metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, gallery = draw(37, 33, torch.float32, 0), draw(301, 33, torch.float32, 1)
+    case = draw_case(37, 301, 2)
+    expected = rank(query, gallery, case, metric, "torch")
     threads = torch.get_num_threads()
     try:
-        for tile_bytes in (1, 3000, 1 << 18):
+        for block_bytes, tile_bytes in ((1, 1), (3000, 9000), (1 << 20, 1 << 20)):
+            monkeypatch.setattr(retrieval, "_BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr(retrieval, "_TILE_BYTES", tile_bytes)
             for count in (1, 3):
-                monkeypatch.setattr(retrieval, "_TILE_BYTES", tile_bytes)
                 torch.set_num_threads(count)
-                assert torch.equal(retrieval.rank_matches(query, gallery, *labels, metric=metric), expected)
+                assert_same(rank(query, gallery, case, metric), expected, (block_bytes, tile_bytes, count))
     finally:
         torch.set_num_threads(threads)
-    one_by_one = [
-        retrieval.rank_matches(
-            query[q : q + 1],
-            gallery,
-            labels[0][q : q + 1],
-            labels[1],
-            labels[2][q : q + 2] - labels[2][q],
-            labels[3][labels[2][q] : labels[2][q + 1]],
-            metric=metric,
+    one_by_one = [rank(query[q : q + 1], gallery, case.part(q, q + 1), metric) for q in range(37)]
+    assert torch.equal(torch.cat([ranks for ranks, _ in one_by_one]), expected[0])
+    if metric == "cosine":  # whose bins are the same for all features
+        assert torch.equal(sum(histogram for _, histogram in one_by_one), expected[1])
+
+
+@native
+def test_rows_beyond_the_scale_are_refined() -> None:
+    """The filter must not be sure of anything where the exponent that it was given is too small."""
+    query, gallery = draw_features(8, 20, torch.float32, 0), draw_features(64, 20, torch.float32, 1)
+    case = draw_case(8, 64, 2)
+    query_of = torch.repeat_interleave(torch.arange(8), case.offsets.diff())
+    distances = reference.pair_distances(query, gallery, query_of, case.matches, "euclidean")
+    order = np.lexsort((case.matches, distances, query_of))
+    labels = case.query_pids, case.gallery_pids, case.query_camids, case.gallery_camids, case.offsets
+    for exponent in (-41, 1, 5, 201):
+        arguments = query, gallery, *labels, distances[order], case.matches[order], 0, "euclidean", exponent
+        assert_same(
+            torch.ops.sabmn_ext.count_nonmatches(*arguments, "cpu"),
+            torch.ops.sabmn_ext.count_nonmatches(*arguments, "torch"),
+            exponent,
         )
-        for q in range(37)
-    ]
-    assert torch.equal(torch.cat(one_by_one), expected)
 
 
 @native
@@ -122,12 +282,43 @@ def test_tiles_and_threads_change_nothing(metric: str, monkeypatch: pytest.Monke
 def test_any_strides(backend: str) -> None:
     wide = torch.randn(60, 40, generator=torch.Generator().manual_seed(3))
     query, gallery = wide.T[3:29:3, :31], wide[::2, 5:36]
-    labels = draw_labels(len(query), len(gallery), 4)
-    expected = retrieval.rank_matches(query.contiguous(), gallery.contiguous(), *labels, backend=backend)
-    assert torch.equal(retrieval.rank_matches(query, gallery, *labels, backend=backend), expected)
+    case = draw_case(len(query), len(gallery), 4)
+    expected = rank(query.contiguous(), gallery.contiguous(), case, backend=backend)
+    assert_same(rank(query, gallery, case, backend=backend), expected)
     rows = torch.cdist(query, gallery).T.contiguous().T
-    expected = retrieval.rank_matches(None, rows.contiguous(), *labels, backend=backend)
-    assert torch.equal(retrieval.rank_matches(None, rows, *labels, backend=backend), expected)
+    expected = rank(None, rows.contiguous(), case, backend=backend)
+    assert_same(rank(None, rows, case, backend=backend), expected)
+
+
+@native
+@pytest.mark.parametrize("cameras", [True, False])
+def test_given_distances_of_any_sign(cameras: bool) -> None:
+    rows = torch.randn(9, 71, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[0, :9] = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e300, -1e300, 1e-300, -1e-300, 1.0])
+    case = draw_case(9, 71, 1, cameras=cameras)
+    for values in (rows, rows.float(), rows.round()):
+        assert_same(rank(None, values, case, backend="cpu"), rank(None, values, case, backend="torch"))
+
+
+@native
+def test_parts_of_a_gallery_add_up() -> None:
+    query, gallery = small_integers(12, 9, torch.float32, 0), small_integers(90, 9, torch.float32, 1)
+    case = draw_case(12, 90, 2)
+    query_of = torch.repeat_interleave(torch.arange(12), case.offsets.diff())
+    distances = reference.pair_distances(query, gallery, query_of, case.matches, "euclidean")
+    order = np.lexsort((case.matches, distances, query_of))
+    matches = case.offsets, distances[order], case.matches[order]
+
+    def count(first: int, last: int) -> tuple[Tensor, Tensor]:
+        assert case.gallery_camids is not None
+        pids, camids = case.gallery_pids[first:last], case.gallery_camids[first:last]
+        labels = case.query_pids, pids, case.query_camids, camids
+        return torch.ops.sabmn_ext.count_nonmatches(
+            query, gallery[first:last], *labels, *matches, first, "euclidean", 9, None
+        )
+
+    parts = [count(*limits) for limits in ((0, 31), (31, 31), (31, 80), (80, 90))]
+    assert_same((sum(part[0] for part in parts), sum(part[1] for part in parts)), count(0, 90))
 
 
 @native
@@ -136,12 +327,12 @@ def test_every_half_precision_value_is_read_exactly(dtype: torch.dtype) -> None:
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = values[~values.isnan()]  # subnormals and infinities included
     rows = values[None]
-    pid, before_all = torch.tensor([0]), torch.tensor([-1])
+    pid, before_all = torch.tensor([0], dtype=torch.int32), torch.tensor([-1])
     for threshold in (0, 1, 777, len(values) // 2, len(values) - 1):
         distance = values[threshold : threshold + 1].double()
-        counts = torch.ops.sabmn_ext.count_nonmatches(
-            None, rows, pid, torch.ones(len(values), dtype=torch.int64), torch.tensor([0, 1]), distance, before_all,
-            "euclidean", "cpu",
+        counts, _ = torch.ops.sabmn_ext.count_nonmatches(
+            None, rows, pid, torch.ones(len(values), dtype=torch.int32), None, None, torch.tensor([0, 1]), distance,
+            before_all, 0, "euclidean", 64, "cpu",
         )  # fmt: skip
         assert int(counts) == int((values.double() < distance).sum())
     finite = values[values.isfinite()][:, None]
@@ -157,26 +348,27 @@ def test_ties_go_to_the_lower_gallery_index(backend: str) -> None:
     if backend == "cpu" and _native.module is None:
         pytest.skip("the native module is not built")
     query, gallery = torch.ones(1, 20), torch.zeros(6, 20)  # all at the same distance
-    pids = torch.tensor([1, 2, 1, 2, -1, 1])  # matches 2 and 5; 0 has the query's pid but is dropped; 4 is junk
-    ranks = retrieval.rank_matches(
-        query, gallery, torch.tensor([1]), pids, torch.tensor([0, 2]), torch.tensor([2, 5]), backend=backend
-    )
-    assert ranks.tolist() == [2, 4]
+    pids = torch.tensor([1, 2, 1, 2, -1, 1], dtype=torch.int32)  # matches 2 and 5; 0 is dropped; 4 is junk
+    offsets, matches = torch.tensor([0, 2]), torch.tensor([2, 5])
+    case = Case(torch.tensor([1], dtype=torch.int32), pids, None, None, offsets, matches)
+    assert rank(query, gallery, case, backend=backend)[0].tolist() == [2, 4]
 
 
-def op_arguments(features: bool) -> tuple[object, ...]:
+def op_arguments(features: bool) -> tuple[Any, ...]:
     query, gallery = draw_features(5, 9, torch.float32, 0), draw_features(21, 9, torch.float32, 1)
-    labels = draw_labels(5, 21, 2)
-    query_of = torch.repeat_interleave(torch.arange(5), labels[2].diff())
-    distances = reference.pair_distances(query, gallery, query_of, labels[3], "euclidean")
-    order = torch.tensor(sorted(range(len(query_of)), key=lambda m: (query_of[m], distances[m], m)))
+    case = draw_case(5, 21, 2)
+    query_of = torch.repeat_interleave(torch.arange(5), case.offsets.diff())
+    distances = reference.pair_distances(query, gallery, query_of, case.matches, "euclidean")
+    order = np.lexsort((case.matches, distances, query_of))
     sides = (query, gallery) if features else (None, torch.cdist(query, gallery))
-    return *sides, *labels[:3], distances[order], labels[3][order], "euclidean", None
+    labels = case.query_pids, case.gallery_pids, case.query_camids, case.gallery_camids, case.offsets
+    return *sides, *labels, distances[order], case.matches[order], 0, "euclidean", 9, None
 
 
 def test_opcheck() -> None:
     query, gallery = draw_features(5, 9, torch.float32, 0), draw_features(21, 9, torch.float32, 1)
     indices = torch.randint(0, 5, (30,), generator=torch.Generator().manual_seed(0))
+    torch.library.opcheck(torch.ops.sabmn_ext.squared_norms, (query, None))
     for metric in retrieval.METRICS:
         torch.library.opcheck(torch.ops.sabmn_ext.pair_distances, (query, gallery, indices, indices, metric, None))
     for features in (True, False):
@@ -193,11 +385,16 @@ def test_a_call_that_would_read_outside_is_refused() -> None:
         torch.ops.sabmn_ext.pair_distances(query, gallery.double(), one, one, "euclidean", "cpu")
     with pytest.raises(TypeError, match="int64"):
         torch.ops.sabmn_ext.pair_distances(query, gallery, one.int(), one, "euclidean", "cpu")
-    arguments = list(op_arguments(True))
-    arguments[4] = arguments[4] + 1  # type: ignore[operator]
-    with pytest.raises(ValueError, match="offsets must ascend"):
-        torch.ops.sabmn_ext.count_nonmatches(*arguments)
-    arguments = list(op_arguments(True))
-    arguments[3] = arguments[3][:-1]  # type: ignore[index]
-    with pytest.raises(ValueError, match="must have lengths"):
-        torch.ops.sabmn_ext.count_nonmatches(*arguments)
+
+    def refuse(index: int, change: Callable[[Any], Any], message: str) -> None:
+        arguments = list(op_arguments(True))
+        arguments[index] = change(arguments[index])
+        with pytest.raises(ValueError, match=message):
+            torch.ops.sabmn_ext.count_nonmatches(*arguments)
+
+    refuse(6, lambda offsets: offsets + 1, "offsets must ascend")
+    refuse(6, lambda offsets: offsets[:-1], "offsets must have length 6")
+    refuse(7, lambda distances: distances[:-1], "the same length")
+    refuse(3, lambda pids: pids[:-1], r"int32 \[5\] and \[21\]")
+    refuse(2, lambda pids: pids.long(), "must be int32")
+    refuse(4, lambda camids: None, "one of query_camids and gallery_camids is missing")

@@ -233,7 +233,7 @@ def spectral_norm_backward(gradient: Tensor, weight: Tensor, u: Tensor, v: Tenso
     return weight_gradient.to(weight.dtype).view_as(weight)
 
 
-# ---- retrieval: distances in float64 in a fixed order, and ranks by counting ----
+# ---- retrieval: distances in float64 in a fixed order, ranks by counting, the non-matches' histogram ----
 
 NUM_LANES = 16  # csrc/retrieval/retrieval.h
 _BLOCK_ELEMENTS = 1 << 22  # bounds the temporaries below, 32 MB each in float64
@@ -270,6 +270,12 @@ def _ranking_distance(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
     return total
 
 
+def squared_norms(features: Tensor) -> Tensor:
+    """[rows] float64: the squared length of each row of ``features`` [rows, D]."""
+    block = max(1, _BLOCK_ELEMENTS // max(NUM_LANES, features.shape[1]))
+    return torch.cat([_lane_sum(rows, rows, "cosine") for rows in features.split(block)])
+
+
 def pair_distances(
     query: Tensor, gallery: Tensor, query_indices: Tensor, gallery_indices: Tensor, metric: str
 ) -> Tensor:
@@ -292,63 +298,85 @@ def pair_distances(
     return torch.cat(parts) if parts else query.new_empty(0, dtype=torch.float64)
 
 
+BIN_BITS = 10  # csrc/retrieval/retrieval.h
+
+
+def bin_of(distances: Tensor, lowest: int, negative: int, count: int) -> Tensor:
+    """The histogram bins of float64 distances, int64.
+
+    A bin is (edge, next edge]; the edges are 0 and the numbers with 1 + 10 significant bits, of either sign. The
+    leading bits of a double, its sign taken as that of an integer, count these edges in order. Edges up to the
+    ``lowest`` such integer are left out on both sides of 0, ``negative`` bins hold what is ≤ 0, and what lies outside
+    goes to the first or last of the ``count`` bins.
+    """
+    bits = distances.contiguous().view(torch.int64)
+    order = torch.where(bits < 0, -(bits & 0x7FFFFFFFFFFFFFFF), bits)
+    key = (order - 1) >> (52 - BIN_BITS)
+    positive, other = (key - lowest).clamp(min=0), torch.where(key < -lowest, key + (lowest - 1), -1)
+    return (torch.where(key >= 0, positive, other) + negative).clamp(0, count - 1)
+
+
+def bin_edges(lowest: int, negative: int, count: int) -> Tensor:
+    """[count + 1] float64: bin k of ``bin_of`` is (edges[k], edges[k + 1]]; the outermost are infinite."""
+    key = torch.arange(1, count) - negative  # of the lower edge, counted from the edge at 0
+    steps = torch.where(key < 0, -1 - key, key) + lowest
+    magnitude = (steps << (52 - BIN_BITS)).view(torch.float64)
+    inner = torch.where(key == 0, 0.0, magnitude.copysign(key.double()))
+    infinite = torch.full((1,), torch.inf, dtype=torch.float64)
+    return torch.cat((-infinite, inner, infinite))
+
+
 def count_nonmatches(
-    query: Tensor,
+    query: Tensor | None,
     gallery: Tensor,
     query_pids: Tensor,
     gallery_pids: Tensor,
+    query_camids: Tensor | None,
+    gallery_camids: Tensor | None,
     offsets: Tensor,
     distances: Tensor,
     indices: Tensor,
+    first: int,
     metric: str,
-) -> Tensor:
-    """For every true match, how many valid non-matches come before it in its query's ranking.
+    bins: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """For every true match, how many valid non-matches come before it in its query's ranking; and all their distances.
 
-    A non-match is valid unless its pid is −1. Item a comes before item b if (distance, gallery index) is smaller. The
-    rank of a query's m-th true match (from 1) is m plus this count.
+    A non-match is valid unless a pid is −1. Item a comes before item b if (distance, gallery index) is smaller. The
+    rank of a query's m-th true match (from 1) is m plus this count. The histogram leaves out, besides, the pairs under
+    one camera.
 
     Args:
-        query: [Q, D]; gallery: [G, D].
-        query_pids: [Q] int64; gallery_pids: [G] int64.
+        query: [Q, D], or None where ``gallery`` holds distances.
+        gallery: [G, D] in the same dtype, or [Q, G] distances in any floating dtype, compared as float64.
+        query_pids, query_camids: [Q] int32; gallery_pids, gallery_camids: [G] int32. Both camids None: no cameras.
         offsets: [Q + 1] int64; query q's true matches are the entries offsets[q] … offsets[q + 1] − 1 of the next two.
         distances: [M] float64, the true matches' ranking distances (``pair_distances``), ascending within a query.
         indices: [M] int64, their gallery indices, ascending where the distances are equal.
+        first: the index of the first item of ``gallery``, which may be a part of a larger one.
         metric: ``"euclidean"`` or ``"cosine"``.
+        bins: see ``bin_of``.
 
     Returns:
-        [M] int64.
+        counts [M] int64, and the histogram int64.
     """
-    block = max(1, _BLOCK_ELEMENTS // (NUM_LANES * gallery.shape[0]))
-    counts = []
-    for first in range(0, query.shape[0], block):
-        rows = _ranking_distance(query[first : first + block, None], gallery[None], metric)
-        block_offsets = offsets[first : first + block + 1]
-        begin, end = int(block_offsets[0]), int(block_offsets[-1])
-        counts.append(
-            count_nonmatches_in_rows(
-                rows,
-                query_pids[first : first + block],
-                gallery_pids,
-                block_offsets - begin,
-                distances[begin:end],
-                indices[begin:end],
-            )
-        )
-    return torch.cat(counts) if counts else torch.empty_like(indices)
-
-
-def count_nonmatches_in_rows(
-    rows: Tensor, query_pids: Tensor, gallery_pids: Tensor, offsets: Tensor, distances: Tensor, indices: Tensor
-) -> Tensor:
-    """``count_nonmatches`` for given distances ``rows`` [Q, G] in any floating dtype; compared as float64."""
-    counts = torch.empty_like(indices)
+    counts = torch.zeros_like(indices)
+    histogram = torch.zeros(bins[2], dtype=torch.int64, device=gallery.device)
     for q, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
-        valid = ((gallery_pids != query_pids[q]) & (gallery_pids != -1)).nonzero()[:, 0]
-        row = rows[q, valid].double()
-        block = max(1, _BLOCK_ELEMENTS // max(1, len(valid)))
-        for first in range(begin, end, block):
-            match = slice(first, min(first + block, end))
-            nearer = row < distances[match, None]
-            tied = (row == distances[match, None]) & (valid < indices[match, None])
-            counts[match] = (nearer | tied).sum(dim=1)
-    return counts
+        valid = ((gallery_pids != query_pids[q]) & (gallery_pids != -1) & (query_pids[q] != -1)).nonzero()[:, 0]
+        for items in valid.split(_BLOCK_ELEMENTS // NUM_LANES):
+            row = (
+                gallery[q, items].double()
+                if query is None
+                else _ranking_distance(query[q : q + 1], gallery[items], metric)
+            )
+            block = max(1, _BLOCK_ELEMENTS // max(1, len(items)))
+            for part in range(begin, end, block):
+                match = slice(part, min(part + block, end))
+                nearer = row < distances[match, None]
+                tied = (row == distances[match, None]) & (first + items < indices[match, None])
+                counts[match] += (nearer | tied).sum(dim=1)
+            if query_camids is not None and gallery_camids is not None:
+                row = row[gallery_camids[items] != query_camids[q]]
+            histogram += torch.bincount(bin_of(row, *bins), minlength=bins[2])
+    return counts, histogram

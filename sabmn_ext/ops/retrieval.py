@@ -1,9 +1,12 @@
 """Ranks of true matches by counting: rank(t_m) = m + #{valid non-matches before t_m}. No sort of the gallery.
 
-Two private ops, apart because a filter before them and a gallery in several parts need them apart: the distances of the
-true matches, and the counts. Distances are float64 sums in a fixed order (``reference.pair_distances``): the same bits
-from every backend, tile and number of threads.
+Private ops, apart because a gallery in several parts needs them apart: squared lengths, the distances of the true
+matches, and the counts with the histogram of the non-matches. Distances are float64 sums in a fixed order
+(``reference.pair_distances``): the same bits from every backend, tile and number of threads. The C++ kernel computes in
+float32 what is certain by a proven bound, and the rest exactly: csrc/retrieval/count_cpu.cpp.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -12,57 +15,45 @@ from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
 
 METRICS = ("euclidean", "cosine")
-_TILE_BYTES = 1 << 18  # a tile of queries and one of the gallery stay in a core's second-level cache
+_BLOCK_BYTES = 1 << 24  # packed queries
+_TILE_BYTES = 1 << 21  # packed gallery items: in the caches
+_TILE_ROWS = 512
+_NORM_ROWS = 1 << 16
 
 _library = torch.library.Library("sabmn_ext", "FRAGMENT")
+_library.define("squared_norms(Tensor features, str? backend) -> Tensor")
 _library.define(
     "pair_distances(Tensor query, Tensor gallery, Tensor query_indices, Tensor gallery_indices, str metric, "
     "str? backend) -> Tensor"
 )
 _library.define(
-    "count_nonmatches(Tensor? query, Tensor gallery, Tensor query_pids, Tensor gallery_pids, Tensor offsets, "
-    "Tensor distances, Tensor indices, str metric, str? backend) -> Tensor"
+    "count_nonmatches(Tensor? query, Tensor gallery, Tensor query_pids, Tensor gallery_pids, Tensor? query_camids, "
+    "Tensor? gallery_camids, Tensor offsets, Tensor distances, Tensor indices, int first, str metric, int exponent, "
+    "str? backend) -> (Tensor, Tensor)"
 )
-for _operation in ("pair_distances", "count_nonmatches"):
+for _operation in ("squared_norms", "pair_distances", "count_nonmatches"):
     dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
 
 
-def rank_matches(
-    query: Tensor | None,
-    gallery: Tensor,
-    query_pids: Tensor,
-    gallery_pids: Tensor,
-    offsets: Tensor,
-    matches: Tensor,
-    *,
-    metric: str = "euclidean",
-    backend: str | None = None,
-) -> Tensor:
-    """The ranks of every query's true matches, from 1, ascending; ties go to the lower gallery index.
+def bins(exponent: int, *, signed: bool) -> tuple[int, int, int]:
+    """(lowest, negative, count) of ``reference.bin_of``: bins for distances up to 2^exponent.
 
-    Args:
-        query: [Q, D] features, or None where ``gallery`` holds distances.
-        gallery: [G, D] features in the same dtype, or [Q, G] distances; without NaN.
-        query_pids, gallery_pids: [Q], [G] int64; gallery items with pid −1 are dropped.
-        offsets, matches: [Q + 1], [M] int64; the gallery indices of query q's true matches, ascending, are
-            ``matches[offsets[q]:offsets[q + 1]]``. Other gallery items with the query's pid are dropped.
-        metric: ``"euclidean"`` or ``"cosine"``.
-
-    Returns:
-        [M] int64.
+    For features from 2^(exponent − 64) on, 2¹⁶ bins; for given distances, which may be negative (``signed``), from
+    2^(exponent − 128) on and as many below 0.
     """
-    lengths = offsets.diff()
-    query_of = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
-    if query is None:
-        distances = gallery[query_of, matches].double()
-    else:
-        distances = torch.ops.sabmn_ext.pair_distances(query, gallery, query_of, matches, metric, backend)
-    order = distances.argsort(stable=True)
-    order = order[query_of[order].argsort(stable=True)]
-    counts = torch.ops.sabmn_ext.count_nonmatches(
-        query, gallery, query_pids, gallery_pids, offsets, distances[order], matches[order], metric, backend
-    )
-    return counts + torch.arange(1, len(matches) + 1, device=offsets.device) - offsets[query_of]
+    binades = 128 if signed else 64
+    per_sign = binades << reference.BIN_BITS
+    lowest = (1023 + exponent - binades) << reference.BIN_BITS
+    return (lowest, per_sign + 1, 2 * per_sign + 1) if signed else (lowest, 0, per_sign)
+
+
+def distance_exponent(largest_squared_norm: float, metric: str) -> int:
+    """An exponent for ``count_nonmatches``: no distance between such features is above 2^exponent."""
+    if metric == "cosine":
+        return 4
+    # Features, and their centre, have a norm ≤ 2^half; less the centre ≤ 2^(half + 1), and two are 2^(half + 2) apart.
+    half = -(-math.frexp(largest_squared_norm)[1] // 2)
+    return 2 * max(half, -400) + 5
 
 
 def _check(query: Tensor, gallery: Tensor, metric: str, int64s: tuple[Tensor, ...]) -> None:
@@ -74,7 +65,7 @@ def _check(query: Tensor, gallery: Tensor, metric: str, int64s: tuple[Tensor, ..
     if metric not in METRICS:
         raise ValueError(f"metric '{metric}' is unknown; expected one of {', '.join(METRICS)}")
     if not all(tensor.dtype == torch.int64 for tensor in int64s):
-        raise TypeError("pids, offsets and indices must be int64")
+        raise TypeError("offsets and indices must be int64")
 
 
 def _check_indices(name: str, indices: Tensor, size: int) -> None:
@@ -86,10 +77,22 @@ def _fields(matrix: Tensor) -> tuple[int, ...]:
     return matrix.data_ptr(), *matrix.shape, *matrix.stride()
 
 
-def _workspace(query_rows: int, gallery_rows: int, dim: int) -> Tensor:
+def _workspace(rows: int, dim: int) -> Tensor:
+    """Room for some padded float64 rows for each thread."""
+    padded = -(-dim // reference.NUM_LANES) * reference.NUM_LANES
+    return torch.empty(torch.get_num_threads() * rows * padded, dtype=torch.float64)
+
+
+@torch.library.impl(_library, "squared_norms", "CompositeExplicitAutograd")
+def _squared_norms(features: Tensor, backend: str | None) -> Tensor:
+    if dispatch.choose("squared_norms", backend, features.device, features.dtype) == "torch":
+        return reference.squared_norms(features)
     assert _native.module is not None
-    size = _native.module.rank_workspace(query_rows, gallery_rows, dim)
-    return torch.empty(torch.get_num_threads() * size, dtype=torch.float64)
+    norms, workspace = torch.empty(len(features), dtype=torch.float64), _workspace(1, features.shape[1])
+    code, threads = dispatch.DTYPE_CODES[features.dtype], torch.get_num_threads()
+    status = _native.module.squared_norms(_fields(features), norms.data_ptr(), workspace.data_ptr(), code, threads)
+    dispatch.check_status(status, "squared_norms", features)
+    return norms
 
 
 @torch.library.impl(_library, "pair_distances", "CompositeExplicitAutograd")
@@ -106,7 +109,7 @@ def _pair_distances(
         raise ValueError(f"{len(query_indices)} query_indices but {len(gallery_indices)} gallery_indices")
     query_indices, gallery_indices = query_indices.contiguous(), gallery_indices.contiguous()
     distances = torch.empty(len(query_indices), dtype=torch.float64)
-    workspace = _workspace(1, 1, query.shape[1])  # by name: it must live until the call returns
+    workspace = _workspace(2, query.shape[1])  # by name: it must live until the call returns
     status = _native.module.pair_distances(
         _fields(query),
         _fields(gallery),
@@ -123,10 +126,16 @@ def _pair_distances(
     return distances
 
 
-def _tile_rows(dim: int, most: int, needed: int) -> int:
-    """Rows of a tile: a multiple of 4 that stays in the cache, no more than needed."""
-    rows = min(most, needed, _TILE_BYTES // (8 * max(dim, 1)))
-    return max(4, -(-rows // 4) * 4)
+def _center(query: Tensor, metric: str) -> Tensor:
+    """[D] float64: the mean of the queries, or of their unit vectors for the cosine.
+
+    Distances do not change when it is subtracted from both sides, and most cancellation is gone.
+    """
+    total = torch.zeros(query.shape[1], dtype=torch.float64)
+    for rows in query.split(max(1, _TILE_BYTES // (8 * max(1, query.shape[1])))):
+        block = rows.double()
+        total += (torch.nn.functional.normalize(block) if metric == "cosine" else block).sum(dim=0)
+    return total / max(1, len(query))
 
 
 @torch.library.impl(_library, "count_nonmatches", "CompositeExplicitAutograd")
@@ -135,47 +144,73 @@ def _count_nonmatches(
     gallery: Tensor,
     query_pids: Tensor,
     gallery_pids: Tensor,
+    query_camids: Tensor | None,
+    gallery_camids: Tensor | None,
     offsets: Tensor,
     distances: Tensor,
     indices: Tensor,
+    first: int,
     metric: str,
+    exponent: int,
     backend: str | None,
-) -> Tensor:
-    matches: tuple[Tensor, ...] = (query_pids, gallery_pids, offsets, distances, indices)
-    _check(gallery if query is None else query, gallery, metric, (query_pids, gallery_pids, offsets, indices))
-    if dispatch.choose("count_nonmatches", backend, gallery.device, gallery.dtype) == "torch":
-        if query is None:
-            return reference.count_nonmatches_in_rows(gallery, *matches)
-        return reference.count_nonmatches(query, gallery, query_pids, gallery_pids, offsets, distances, indices, metric)
-    assert _native.module is not None
+) -> tuple[Tensor, Tensor]:
+    _check(gallery if query is None else query, gallery, metric, (offsets, indices))
     rows, columns = gallery.shape if query is None else (len(query), len(gallery))
-    lengths = (rows, columns, rows + 1, len(indices), len(indices))
-    if tuple(map(len, matches)) != lengths or distances.dtype != torch.float64:
-        raise ValueError(f"pids, offsets, distances (float64) and indices must have lengths {lengths}")
+    matches = (offsets, distances, indices)
+    if tuple(map(len, matches)) != (rows + 1, len(indices), len(indices)) or distances.dtype != torch.float64:
+        raise ValueError(f"offsets must have length {rows + 1}; distances (float64) and indices the same length")
     if int(offsets[0]) != 0 or int(offsets[-1]) != len(indices) or bool((offsets.diff() < 0).any()):
         raise ValueError("offsets must ascend from 0 to the number of matches")
-    matches = tuple(tensor.contiguous() for tensor in matches)
-    counts, threads = torch.empty(len(indices), dtype=torch.int64), torch.get_num_threads()
-    fields = [tensor.data_ptr() for tensor in (*matches, counts)]
-    dtype = dispatch.DTYPE_CODES[gallery.dtype]
+    if (query_camids is None) != (gallery_camids is None):
+        raise ValueError("one of query_camids and gallery_camids is missing")
+    labels = (query_pids, gallery_pids, query_camids, gallery_camids)
+    for label, length in zip(labels, (rows, columns) * 2, strict=True):
+        if label is not None and (label.dtype != torch.int32 or label.shape != (length,)):
+            raise ValueError(f"pids and camids must be int32 [{rows}] and [{columns}]")
+    limits = bins(exponent, signed=query is None)
+    if dispatch.choose("count_nonmatches", backend, gallery.device, gallery.dtype) == "torch":
+        return reference.count_nonmatches(query, gallery, *labels, *matches, first, metric, limits)
+    assert _native.module is not None
+    offsets, distances, indices = (tensor.contiguous() for tensor in matches)
+    counts, histogram = torch.empty_like(indices), torch.zeros(limits[2], dtype=torch.int64)
+    threads = torch.get_num_threads()
+    contiguous = [None if label is None else label.contiguous() for label in labels]
+    label_fields = (*(0 if label is None else label.data_ptr() for label in contiguous), first)
+    match_fields = [tensor.data_ptr() for tensor in (offsets, distances, indices, counts)]
+    bin_fields = (*limits, histogram.data_ptr())
+    code = dispatch.DTYPE_CODES[gallery.dtype]
     if query is None:
-        status = _native.module.count_nonmatches_in_rows(_fields(gallery), fields, dtype, threads)
+        status = _native.module.count_nonmatches_in_rows(
+            _fields(gallery), label_fields, match_fields, bin_fields, code, threads
+        )
     else:
         dim = query.shape[1]
-        tiles = _tile_rows(dim, 64, -(-rows // threads)), _tile_rows(dim, 256, columns)
-        workspace = _workspace(*tiles, dim)
+        block_rows = max(1, min(rows, _BLOCK_BYTES // (4 * dim)))
+        tile_rows = max(1, min(columns, _TILE_ROWS, _TILE_BYTES // (4 * dim)))
+        size = _native.module.count_workspace(dim, block_rows, tile_rows, limits[2], threads)
+        workspace, center = torch.empty(size, dtype=torch.uint8), _center(query, metric)
         status = _native.module.count_nonmatches(
             _fields(query),
             _fields(gallery),
-            fields,
+            label_fields,
+            match_fields,
+            bin_fields,
             METRICS.index(metric),
-            *tiles,
+            center.data_ptr(),
+            (3 - exponent - (metric == "cosine")) // 2,  # 2^scale times a feature less the centre is at most 1 long
+            block_rows,
+            tile_rows,
             workspace.data_ptr(),
-            dtype,
+            code,
             threads,
         )
     dispatch.check_status(status, "count_nonmatches", gallery)
-    return counts
+    return counts, histogram
+
+
+@torch.library.register_fake("sabmn_ext::squared_norms", lib=_library)
+def _(features, backend):  # type: ignore[no-untyped-def]
+    return features.new_empty(features.shape[:1], dtype=torch.float64)
 
 
 @torch.library.register_fake("sabmn_ext::pair_distances", lib=_library)
@@ -184,5 +219,8 @@ def _(query, gallery, query_indices, gallery_indices, metric, backend):  # type:
 
 
 @torch.library.register_fake("sabmn_ext::count_nonmatches", lib=_library)
-def _(query, gallery, query_pids, gallery_pids, offsets, distances, indices, metric, backend):  # type: ignore[no-untyped-def]
-    return indices.new_empty(indices.shape)
+def _(  # type: ignore[no-untyped-def]
+    query, gallery, query_pids, gallery_pids, query_camids, gallery_camids, offsets, distances, indices, first, metric,
+    exponent, backend,
+):  # fmt: skip
+    return indices.new_empty(indices.shape), indices.new_empty(bins(exponent, signed=query is None)[2])

@@ -11,7 +11,7 @@ from torch import Tensor
 Array = Tensor | np.ndarray
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ELEMENTS = 1 << 22  # 16 MB of float32
 
 
 def as_matrix(name: str, value: Any, *, integers: bool = False) -> Tensor:
@@ -40,15 +40,22 @@ def as_labels(name: str, value: Any, length: int) -> np.ndarray:
     if array.shape != (length,):
         side = name.split("_")[0]
         raise ValueError(f"{name} has shape {list(array.shape)}; expected [{length}], one for each {side} item")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
-def check_features(name: str, features: Tensor, metric: str, names: Sequence[str] | None) -> None:
-    """Raise a ValueError that names the first row that is not finite, overflows float64 when it is squared, or is zero
-    under the cosine metric; and its image where ``names`` are given."""
+def check_features(
+    name: str, features: Tensor, metric: str, names: Sequence[str] | None, backend: str | None = None
+) -> float:
+    """The largest squared norm of a row [rows, D]; reads the features once, in blocks.
+
+    Raises:
+        ValueError: names the first row that is not finite, overflows float64 when it is squared, or is zero under the
+            cosine metric; and its image where ``names`` are given.
+    """
+    largest = 0.0
     rows = max(1, _BLOCK_ELEMENTS // features.shape[1])
     for first in range(0, len(features), rows):
-        squared = features[first : first + rows].double().square().sum(dim=1)
+        squared = torch.ops.sabmn_ext.squared_norms(features[first : first + rows], backend)
         bad = ~(squared < 1e300)
         if metric == "cosine":
             bad |= squared == 0
@@ -59,3 +66,5 @@ def check_features(name: str, features: Tensor, metric: str, names: Sequence[str
                 zero = "is zero, and the cosine distance needs a direction"
                 problem = zero if squared[row - first] == 0 else "holds values too large to be squared in float64"
             raise ValueError(f"{name} row {row}{'' if names is None else f' ({names[row]})'} {problem}")
+        largest = max(largest, float(squared.max()))
+    return largest

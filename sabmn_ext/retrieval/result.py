@@ -6,6 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from sabmn_ext.retrieval.verification import VerificationPairs, VerificationPoint
+
+
+@dataclass(frozen=True)
+class CameraPair:
+    """The queries of one camera and their matches under another, the matches under all other cameras left out."""
+
+    query_camid: int
+    gallery_camid: int
+    num_queries: int  # with a match under that camera; the means are over these
+    map: float
+    rank1: float
+
 
 @dataclass(frozen=True)
 class RetrievalResult:
@@ -23,6 +36,12 @@ class RetrievalResult:
     chance_ap: np.ndarray  # [Q] the expected ap of a random ranking
     first_match_rank: np.ndarray  # [Q] int64, from 1
     num_matches: np.ndarray  # [Q] int64
+    query_pids: np.ndarray  # [Q] int64
+    query_camids: np.ndarray | None  # [Q] int64; None: there are no cameras
+    # One value for each true match, in the order of the ranks, one query after the other (num_matches says where).
+    ranks: np.ndarray  # [M] int64, from 1
+    match_camids: np.ndarray | None  # [M] int64
+    pairs: VerificationPairs  # see verification()
     metric: str  # "euclidean", "cosine" or "given"
     camera_rule: bool
     num_gallery: int  # as handed in, junk included
@@ -63,6 +82,41 @@ class RetrievalResult:
         if k < 1:
             raise ValueError(f"rank({k}): ranks start at 1")
         return int(((self.num_matches > 0) & (self.first_match_rank <= k)).sum()) / self.num_valid_queries
+
+    def verification(self, fpr: float) -> VerificationPoint:
+        """The threshold that accepts at most the share ``fpr`` of the negative pairs, and what it accepts exactly.
+
+        >>> point = result.verification(1e-3)
+        >>> point.measurable, point.threshold, point.fpr, point.tpr
+        """
+        return self.pairs.at(fpr)
+
+    def camera_pairs(self) -> list[CameraPair]:
+        """mAP and rank-1 between each two cameras, as the Market-1501 paper tabulates them; empty without cameras.
+
+        A query's matches under the other cameras are left out of its ranking; the non-matches of all cameras stay.
+        """
+        if self.query_camids is None or self.match_camids is None:
+            return []
+        query_of = np.repeat(np.arange(self.num_queries), self.num_matches)
+        first_of_query = (np.cumsum(self.num_matches) - self.num_matches)[query_of]
+        nonmatches = self.ranks - 1 - (np.arange(len(query_of)) - first_of_query)  # before each match
+        # A group is a query with one camera of its matches; the order within it stays that of the ranks.
+        order = np.lexsort((self.match_camids, query_of))
+        query_of, camids, nonmatches = query_of[order], self.match_camids[order], nonmatches[order]
+        starts = np.flatnonzero(np.append(True, (np.diff(query_of) != 0) | (np.diff(camids) != 0)))
+        count = np.diff(starts, append=len(order))
+        position = np.arange(1, len(order) + 1) - np.repeat(starts, count)
+        ap = np.add.reduceat(position / (position + nonmatches), starts) / count
+        first = nonmatches[starts] == 0
+        cameras = self.query_camids[query_of[starts]], camids[starts]
+        pairs = []
+        for query_camid, gallery_camid in np.unique(np.stack(cameras, axis=1), axis=0).tolist():
+            of_pair = (cameras[0] == query_camid) & (cameras[1] == gallery_camid)
+            n = int(of_pair.sum())
+            rank1 = int(first[of_pair].sum()) / n
+            pairs.append(CameraPair(query_camid, gallery_camid, n, math.fsum(ap[of_pair]) / n, rank1))
+        return pairs
 
     @property
     def num_queries(self) -> int:
@@ -111,7 +165,7 @@ def chance_ap(num_matches: np.ndarray, num_valid: np.ndarray) -> np.ndarray:
     return (harmonic + (num_matches - 1) / np.maximum(num_valid - 1, 1) * (num_valid - harmonic)) / num_valid
 
 
-def score_ranks(ranks: np.ndarray, num_matches: np.ndarray, num_valid: np.ndarray) -> dict[str, np.ndarray]:
+def score_ranks(ranks: np.ndarray, num_matches: np.ndarray, num_valid: np.ndarray) -> dict[str, Any]:
     """The per-query fields of ``RetrievalResult``.
 
     Args:
@@ -139,4 +193,5 @@ def score_ranks(ranks: np.ndarray, num_matches: np.ndarray, num_valid: np.ndarra
         "chance_ap": each(chance_ap(count, num_valid[has_match])),
         "first_match_rank": each(ranks[ends - count], 0),
         "num_matches": num_matches,
+        "ranks": ranks,
     }

@@ -1,0 +1,45 @@
+"""Files of features for the tests of ``python -m sabmn_ext.evaluate``."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sabmn_ext.evaluate import main
+
+LABELS = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")
+
+
+def draw(seed: int, noise: float = 0.0) -> dict[str, np.ndarray]:
+    """Six queries, the last without a match, and thirty gallery items; ``noise`` is added to their features."""
+    rng, more = np.random.default_rng(seed), np.random.default_rng(seed + 1000)
+    arrays: dict[str, np.ndarray] = {}
+    for side, count in (("query", 6), ("gallery", 30)):
+        arrays[f"{side}_pids"] = rng.integers(0 if side == "query" else -1, 4, count)
+        arrays[f"{side}_camids"] = rng.integers(1, 4, count).astype(np.int8)
+        arrays[f"{side}_pids"][:4] = np.arange(4)
+        if side == "gallery":
+            arrays["gallery_camids"][:4] = 9  # where no query was taken: everybody has a match
+        features = arrays[f"{side}_pids"][:, None] + rng.standard_normal((count, 3))
+        arrays[f"{side}_features"] = (features + noise * more.standard_normal((count, 3))).astype(np.float32)
+    arrays["query_pids"][5] = 99
+    return arrays
+
+
+def write(folder: Path, seed: int = 0, *, name: str = "features", noise: float = 0.0, **changes: Any) -> Path:
+    """``folder/name.npz`` with ``changes``; None leaves an array out."""
+    file = folder / f"{name}.npz"
+    arrays = draw(seed, noise) | changes
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    return file
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that the command ends with, exit status 2."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
