@@ -167,10 +167,10 @@ def measure_memory(dim: int) -> None:
     before, start = resident_bytes(), time.perf_counter()
     result = sabmn_ext.evaluate_retrieval(query, gallery, *labels)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{len(query)} × {len(gallery)} × {dim}: {(query.nbytes + gallery.nbytes) / 2**20:.0f} MiB of features, "
-          f"{before / 2**20:.0f} MiB resident before, at most {(peak - before) / 2**20:.0f} MiB more, "
-          f"{seconds:.1f} s, mAP {result.map:.4f}")  # fmt: skip
+    peak, features = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, query.nbytes + gallery.nbytes
+    print(f"{len(query)} × {len(gallery)} × {dim}: {features / 2**20:.0f} MiB of features; resident before "
+          f"{before / 2**20:.0f} MiB, at the most {peak / 2**20:.0f} MiB: {(peak - features) / 2**20:.0f} MiB beyond "
+          f"the features, Python and torch included; {seconds:.1f} s, mAP {result.map:.4f}")  # fmt: skip
 
 
 def plot_growth(file: Path, options: argparse.Namespace) -> None:
