@@ -1,6 +1,6 @@
 """Registers, spills, shared memory and occupancy of every CUDA kernel, from the compiler's report; without a GPU.
 
-    python benchmarks/cuda_resources.py [--targets sm_80 sm_90 ...]
+python benchmarks/cuda_resources.py [--targets sm_80 sm_90 ...]
 """
 
 import argparse

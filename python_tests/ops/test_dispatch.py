@@ -22,9 +22,7 @@ GPU = torch.device("cuda", 0)
         ("compute_90a", [(9, 0)], [(10, 0)]),
     ],
 )
-def test_which_gpus_a_target_runs_on(
-    target: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
-) -> None:
+def test_which_gpus_a_target_runs_on(target: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]) -> None:
     assert all(dispatch.runs_on(target, capability) for capability in runs)
     assert not any(dispatch.runs_on(target, capability) for capability in does_not)
 

@@ -145,6 +145,13 @@ def one_point(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.linspace(0.1, 0.9, dim).repeat(rows, 1).to(dtype)
 
 
+def almost_one_point(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Apart by the last bits: a cosine's own rounding error is larger than its distance from 1."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = 1 + 3 * torch.finfo(dtype).eps * torch.randn(rows, dim, dtype=torch.float64, generator=generator)
+    return (torch.linspace(0.1, 0.9, dim, dtype=torch.float64) * noise).to(dtype)
+
+
 def huge_and_tiny(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Rows of very different length: most vanish in float32 at the scale of the longest."""
     exponents = torch.linspace(-1, 1, rows, dtype=torch.float64)[torch.randperm(rows)]
@@ -152,7 +159,7 @@ def huge_and_tiny(rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
     return (scale[:, None] * torch.randn(rows, dim, dtype=torch.float64)).to(dtype)
 
 
-DRAWS = (draw_features, near_duplicates, small_integers, next_to_ties, one_point, huge_and_tiny)
+DRAWS = (draw_features, near_duplicates, small_integers, next_to_ties, one_point, almost_one_point, huge_and_tiny)
 
 
 @native
@@ -199,6 +206,56 @@ def test_larger_than_a_tile(draw: Callable[..., Tensor], metric: str, isas: list
         for isa in isas:
             _native.module.set_isa(isa)
             assert_same(rank(query, gallery, labels, metric), expected, isa)
+
+
+def one_sided_rounding(dim: int, seed: int) -> float:
+    """A number whose square, summed ``dim`` times in float32, is rounded almost always in the same direction."""
+    candidates = np.random.default_rng(seed).uniform(1, 2, 4000).astype(np.float32)
+    squares = candidates.astype(np.float64) ** 2
+    chunk, total = np.zeros_like(candidates), np.zeros_like(candidates)
+    for k in range(1, dim + 1):
+        chunk = (chunk + squares).astype(np.float32)
+        if k % 64 == 0:  # csrc/retrieval/count_cpu.cpp
+            chunk, total = np.zeros_like(candidates), total + chunk
+    error = np.abs(total / (dim * squares) - 1)
+    assert error.max() > 15 * 2**-24
+    return float(candidates[error.argmax()])
+
+
+@native
+@pytest.mark.parametrize("metric", retrieval.METRICS)
+def test_rounding_errors_that_do_not_cancel(metric: str, isas: list[str], seed: int) -> None:
+    """Errors of the float32 product far above those of random features, and distances that differ by less."""
+    assert _native.module is not None
+    dim, generator = 1024, torch.Generator().manual_seed(seed)
+    number = one_sided_rounding(dim, seed)
+
+    def side(rows: int) -> Tensor:
+        sign = (torch.arange(rows) % 2 * 2 - 1)[:, None]  # so that the centre is 0
+        bits = torch.randint(-1, 2, (rows, dim), generator=generator) * (torch.rand(rows, 1, generator=generator) < 0.8)
+        return (sign * number * (1 + bits * torch.finfo(torch.float32).eps)).float()
+
+    query, gallery = (number * (torch.arange(10) % 2 * 2 - 1)[:, None]).float().repeat(1, dim), side(300)
+    case = draw_case(10, 300, seed)
+    expected = rank(query, gallery, case, metric, "torch")
+    for isa in isas:
+        _native.module.set_isa(isa)
+        assert_same(rank(query, gallery, case, metric), expected, isa)
+
+
+@native
+def test_distances_next_to_the_edge_of_a_bin(isas: list[str]) -> None:
+    """4 + 2⁻²⁶ is above the edge at 4, and 4 in float32."""
+    assert _native.module is not None
+    gallery = torch.tensor([[2.0, 0.0], [2.0, 2.0**-13], [-2.0, 2.0**-13], [1.0, 1.0], [0.0, 2.0], [2.0**-13, 2.0]])
+    case = draw_case(1, 6, 0, cameras=False)
+    case.query_pids[:], case.gallery_pids[:] = 1, 2
+    case.offsets, case.matches = torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64)
+    expected = rank(torch.zeros(1, 2), gallery, case, backend="torch")
+    assert expected[1][expected[1] > 0].tolist() == [1, 2, 3]
+    for isa in isas:
+        _native.module.set_isa(isa)
+        assert_same(rank(torch.zeros(1, 2), gallery, case), expected, isa)
 
 
 @pytest.mark.parametrize("metric", retrieval.METRICS)
