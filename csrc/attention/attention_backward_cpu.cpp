@@ -29,19 +29,22 @@ struct Backward {
     const int64_t columns, per_thread;
     int64_t at_key, at_value, at_out;  // columns of a position's row; its query gradient starts at 0
     F gamma;
-    F *scratch, *w_in, *w_out, *context, *row_term, *gamma_term, *gradients, *query_parts;
+    const AttentionChunks cut;
+    F *scratch, *w_in, *w_out, *queries, *context, *row_term, *gamma_term, *gradients, *query_parts;
 
     Backward(const AttentionInputs& inputs, const AttentionGradients& wanted)
         : in(inputs), g(wanted), B(in.sizes.batch), C(in.sizes.channels), N(in.sizes.positions()), dk(in.sizes.key_width),
           dv(in.sizes.value_width), parts(attention_parts(in.sizes, in.threads)),
-          columns(attention_gradient_columns(in.sizes)), per_thread(attention_thread_workspace(in.sizes)) {
+          columns(attention_gradient_columns(in.sizes)), per_thread(attention_thread_workspace(in.sizes)),
+          cut(in.sizes) {
         at_key = attention_padded(dk), at_value = 2 * at_key, at_out = at_value + attention_padded(dv);
         gamma = *static_cast<const F*>(in.gamma);
         scratch = static_cast<F*>(in.workspace);
         Arena<F> shared{scratch + in.threads * per_thread};
         w_in = shared.take(C * (2 * dk + dv));  // [C, 2 dk + dv], the transpose of the three
         w_out = shared.take(C * dv);            // [dv, C], transposed
-        context = shared.take(B * dv * N);
+        queries = shared.take(cut.elements(B, dk));
+        context = shared.take(cut.elements(B, dv));  // f·context
         row_term = shared.take(B * N);
         gamma_term = shared.take(B * N);
         gradients = shared.take(B * N * columns);
@@ -63,7 +66,7 @@ struct Backward {
         }
     }
 
-    // Phase 1: f·context [B, dv, N], D, gamma's part, and out beside the gradients.
+    // Phase 1: f·context, D, gamma's part, out beside the gradients, and the queries in chunks.
     void context_of_tile(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         F* const tile = arena.take(chunk * lanes);
         F* const sums = arena.take(dv * lanes);
@@ -92,7 +95,9 @@ struct Backward {
         each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) { vector_at(sums + at) *= vector_at(factors + lane); });
         row_dots(dv, count, sums, out, lanes, rows);
         store_tile<F>(rows, 1, 0, count, row_term + position);
-        store_tile<F>(sums, dv, N, count, context + image * dv * N + first);
+        store_tile<F>(sums, dv, cut.positions, count, context + cut.at(image, dv, first));
+        load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count, queries + cut.at(image, dk, first),
+                     cut.positions, count);
     }
 
     // Phase 2: the gradients of key and value of a part's keys, and what they add to those of the queries.
@@ -104,8 +109,6 @@ struct Backward {
         F* const value = arena.take(dv * lanes);
         F* const key_gradient = arena.take(dk * lanes);
         F* const value_gradient = arena.take(dv * lanes);
-        F* const queries_tile = arena.take(dk * chunk);  // [dk][queries of a chunk]
-        F* const context_tile = arena.take(dv * chunk);
         const int64_t end = smaller(N, (part + 1) * parts.keys);
         const F* const maximum = static_cast<const F*>(in.lse) + image * 2 * N;
         const F* const term = row_term + image * N;
@@ -115,12 +118,12 @@ struct Backward {
             load_tile<T>(static_cast<const T*>(in.value) + image * dv * N + first, dv, N, count, value);
             transpose<F>(dk, count, [&](int64_t row) { return key + row * lanes; }, key_rows, at_key);
             for (int64_t j = 0; j < N; j += chunk) {
-                const int64_t queries = smaller(chunk, N - j);
-                load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + j, dk, N, queries, queries_tile, chunk);
-                load_tile<F>(context + image * dv * N + j, dv, N, queries, context_tile, chunk);
-                product(queries, count, dk, Left<F>{queries_tile, 1, chunk}, key, lanes, map, lanes, false);
-                product(queries, count, dv, Left<F>{context_tile, 1, chunk}, value, lanes, map_gradient, lanes, false);
-                for (int64_t row = 0; row < queries; ++row) {
+                const int64_t rows = smaller(chunk, N - j), step = cut.positions;
+                const F* const query = queries + cut.at(image, dk, j);      // [dk][queries of the chunk]
+                const F* const other = context + cut.at(image, dv, j);      // [dv][queries of the chunk]
+                product(rows, count, dk, Left<F>{query, 1, step}, key, lanes, map, lanes, false);
+                product(rows, count, dv, Left<F>{other, 1, step}, value, lanes, map_gradient, lanes, false);
+                for (int64_t row = 0; row < rows; ++row) {
                     const F most = maximum[j + row], subtracted = term[j + row];
                     for (int64_t at = row * lanes; at < row * lanes + count; at += vector_lanes<F>) {
                         const Vector<F> power = exponential<F>(vector_at(map + at) - most);
@@ -128,9 +131,9 @@ struct Backward {
                         vector_at(map_gradient + at) = power * (vector_at(map_gradient + at) - subtracted);
                     }
                 }
-                product(dv, count, queries, Left<F>{context_tile, chunk, 1}, map, lanes, value_gradient, lanes, j > 0);
-                product(dk, count, queries, Left<F>{queries_tile, chunk, 1}, map_gradient, lanes, key_gradient, lanes, j > 0);
-                product(queries, dk, count, Left<F>{map_gradient, lanes, 1}, key_rows, at_key, query_sums + j * query_row,
+                product(dv, count, rows, Left<F>{other, step, 1}, map, lanes, value_gradient, lanes, j > 0);
+                product(dk, count, rows, Left<F>{query, step, 1}, map_gradient, lanes, key_gradient, lanes, j > 0);
+                product(rows, dk, count, Left<F>{map_gradient, lanes, 1}, key_rows, at_key, query_sums + j * query_row,
                         query_row, first > part * parts.keys);
             }
             F* const row = gradients + (image * N + first) * columns;

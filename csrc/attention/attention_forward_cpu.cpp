@@ -23,6 +23,7 @@ struct Projection {
     const void* bias;  // [rows] or null
     void* result;      // [B, rows, N]
     int64_t rows;
+    F* chunks;         // the same as the products read it (workspace.h), or null
 };
 
 // query, key and value of a tile.
@@ -47,7 +48,13 @@ void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], i
     for (const auto& part : parts) {
         if (const T* const bias = static_cast<const T*>(part.bias))
             each_vector<F>(part.rows, count, [=](int64_t row, int64_t, int64_t at) { vector_at(from + at) += widen(bias[row]); });
-        store_tile<T>(from, part.rows, N, count, static_cast<T*>(part.result) + image * part.rows * N + first);
+        T* const result = static_cast<T*>(part.result) + image * part.rows * N + first;
+        store_tile<T>(from, part.rows, N, count, result);
+        if (part.chunks) {  // read back, rounded to T as the backward pass will find it
+            const AttentionChunks cut(in.sizes);
+            load_tile<T>(result, part.rows, N, count, part.chunks + cut.at(image, part.rows, first), cut.positions,
+                         count);
+        }
         from += part.rows * lanes;
     }
 }
@@ -96,27 +103,26 @@ void online_softmax(int64_t keys, int64_t count, F* map, Softmax<F>& softmax, in
 
 // out, lse and y of a tile of queries.
 template <typename T>
-void attend(const AttentionInputs& in, const Wide<T>* w_out, const Image& y, int64_t image, int64_t first, int64_t count,
+void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys, const Wide<T>* values, const Image& y, int64_t image, int64_t first, int64_t count,
             Arena<Wide<T>> arena) {
     using F = Wide<T>;
     const int64_t N = in.sizes.positions(), C = in.sizes.channels, dk = in.sizes.key_width, dv = in.sizes.value_width;
     F* const map = arena.take(chunk * lanes);  // [keys of a chunk][queries]
     F* const query = arena.take(dk * lanes);
     F* const out = arena.take(dv * lanes);
-    F* const keys_tile = arena.take(dk * chunk);
-    F* const values_tile = arena.take(dv * chunk);
-    const T* const key = static_cast<const T*>(in.key) + image * dk * N;
-    const T* const value = static_cast<const T*>(in.value) + image * dv * N;
+    const AttentionChunks cut(in.sizes);
+    const Window<T> x(in.x, in.sizes.width, image, first, count), to(y, in.sizes.width, image, first, count);
     Softmax<F> softmax;
     load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count, query);
     for (int64_t i = 0; i < N; i += chunk) {
-        const int64_t keys = smaller(chunk, N - i);
-        // Keys are read along d: in place, rows of N numbers would meet in the same few cache sets.
-        load_tile<T>(key + i, dk, N, keys, keys_tile, chunk);
-        product(keys, count, dk, Left<F>{keys_tile, 1, chunk}, query, lanes, map, lanes, false);
-        online_softmax(keys, count, map, softmax, dv, out, i == 0);
-        load_tile<T>(value + i, dv, N, keys, values_tile, chunk);
-        product(dv, count, keys, Left<F>{values_tile, chunk, 1}, map, lanes, out, lanes, i > 0);
+        const int64_t part = smaller(chunk, N - i), soon = C * i / N, later = C * (i + part) / N;
+        x.template prefetch<0>(soon, later - soon);
+        to.template prefetch<1>(soon, later - soon);
+        const F* const key = keys + cut.at(image, dk, i);
+        const F* const value = values + cut.at(image, dv, i);
+        product(part, count, dk, Left<F>{key, 1, cut.positions}, query, lanes, map, lanes, false);
+        online_softmax(part, count, map, softmax, dv, out, i == 0);
+        product(dv, count, part, Left<F>{value, cut.positions, 1}, map, lanes, out, lanes, i > 0);
     }
     each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) { vector_at(out + at) /= vector_at(softmax.total + lane); });
     store_tile<T>(out, dv, N, count, static_cast<T*>(in.out) + image * dv * N + first);
@@ -126,8 +132,6 @@ void attend(const AttentionInputs& in, const Wide<T>* w_out, const Image& y, int
         lse[N + lane] = static_cast<F>(__builtin_log(softmax.total[lane]));
     }
 
-    const Window<T> x(in.x, in.sizes.width, image, first, count);
-    const Window<T> to(y, in.sizes.width, image, first, count);
     F* const tile = map;
     const F gamma = *static_cast<const F*>(in.gamma);
     each_vector<F>(dv, count, [=](int64_t, int64_t, int64_t at) { vector_at(out + at) *= gamma; });
@@ -151,16 +155,19 @@ Status forward(const AttentionInputs& in, const Image& y) {
     const int64_t C = sizes.channels, per_thread = attention_thread_workspace(sizes);
     F* const scratch = static_cast<F*>(in.workspace);
     Arena<F> shared{scratch + in.threads * per_thread};
+    const AttentionChunks cut(sizes);
+    F* const keys = shared.take(cut.elements(sizes.batch, sizes.key_width));
+    F* const values = shared.take(cut.elements(sizes.batch, sizes.value_width));
     const Projection<F> parts[] = {
-        {wide_weights<T>(in, in.w_query, sizes.key_width, C, shared), in.b_query, in.query, sizes.key_width},
-        {wide_weights<T>(in, in.w_key, sizes.key_width, C, shared), in.b_key, in.key, sizes.key_width},
-        {wide_weights<T>(in, in.w_value, sizes.value_width, C, shared), in.b_value, in.value, sizes.value_width}};
+        {wide_weights<T>(in, in.w_query, sizes.key_width, C, shared), in.b_query, in.query, sizes.key_width, nullptr},
+        {wide_weights<T>(in, in.w_key, sizes.key_width, C, shared), in.b_key, in.key, sizes.key_width, keys},
+        {wide_weights<T>(in, in.w_value, sizes.value_width, C, shared), in.b_value, in.value, sizes.value_width, values}};
     const F* const w_out = wide_weights<T>(in, in.w_out, C, sizes.value_width, shared);
     each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         project<T>(in, parts, image, first, count, arena);
     });
     each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-        attend<T>(in, w_out, y, image, first, count, arena);
+        attend<T>(in, w_out, keys, values, y, image, first, count, arena);
     });
     return ok;
 }

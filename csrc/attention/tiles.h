@@ -39,14 +39,14 @@ static inline void write_row(const Wide<T>* from, std::int64_t count, T* to) {
         for (std::int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
 }
 
-// tile[row][i] = matrix[row][first + i] for i < count of a matrix whose rows are row_length apart, then zeros up to
-// `width`, the distance of the tile's rows; and back.
+// tile[row][i] = matrix[row][i] for i < count, then zeros up to `filled`; the rows are row_length and tile_row apart. And
+// back.
 template <typename T>
 static void load_tile(const T* matrix, std::int64_t rows, std::int64_t row_length, std::int64_t count, Wide<T>* tile,
-                      std::int64_t width = lanes) {
-    for (std::int64_t row = 0; row < rows; ++row, matrix += row_length, tile += width) {
+                      std::int64_t tile_row = lanes, std::int64_t filled = lanes) {
+    for (std::int64_t row = 0; row < rows; ++row, matrix += row_length, tile += tile_row) {
         read_row(matrix, count, tile);
-        for (std::int64_t i = count; i < width; ++i) tile[i] = 0;
+        for (std::int64_t i = count; i < filled; ++i) tile[i] = 0;
     }
 }
 template <typename T>
@@ -102,7 +102,7 @@ struct Window {
     // tile[channel][lane], rows of `width` ≥ count, zeros after the last position; tile[lane][channel] is not made.
     void load(std::int64_t first_channel, std::int64_t channels, F* tile, std::int64_t width = lanes) const {
         const T* const from = base + first_channel * channel_stride;
-        if (contiguous()) return load_tile<T>(from + offset[0], channels, channel_stride, count, tile, width);
+        if (contiguous()) return load_tile<T>(from + offset[0], channels, channel_stride, count, tile, width, width);
         if constexpr (sizeof(T) == sizeof(F)) {
             if (channel_stride == 1) {
                 transpose<F>(count, channels, [=](std::int64_t lane) { return from + offset[lane]; }, tile, width);
@@ -141,6 +141,16 @@ struct Window {
                 for (std::int64_t lane = 0; lane < count; ++lane)
                     narrow(tile[channel * lanes + lane], to[channel * channel_stride + offset[lane]]);
         }
+    }
+
+    // Brings channels nearer, to be read (or written) soon: their lines lie too far apart for the processor to foresee.
+    template <int write>
+    void prefetch(std::int64_t first_channel, std::int64_t channels) const {
+        const T* from = base + first_channel * channel_stride + offset[0];
+        if (!contiguous()) return;
+        for (std::int64_t channel = 0; channel < channels; ++channel, from += channel_stride)
+            for (std::int64_t at = 0; at < count; at += 64 / static_cast<std::int64_t>(sizeof(T)))
+                __builtin_prefetch(from + at, write, 2);
     }
 
 private:

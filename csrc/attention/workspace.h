@@ -28,6 +28,20 @@ inline int64_t attention_thread_workspace(const AttentionSizes& sizes) {
     return attention_lanes * (2 * attention_chunk + 7 * widths);
 }
 
+// A matrix [B, rows, N] as the products read it: cut into chunks of 128 positions, [B, chunks, rows, 128] (fewer where N
+// is smaller). In place, rows of N numbers would meet in the same few cache sets.
+struct AttentionChunks {
+    int64_t chunks, positions;  // of an image; of a chunk
+    explicit AttentionChunks(const AttentionSizes& sizes)
+        : chunks((sizes.positions() + attention_chunk - 1) / attention_chunk),
+          positions(chunks > 1 ? attention_chunk : attention_padded(sizes.positions())) {}
+    int64_t elements(int64_t batch, int64_t rows) const { return batch * chunks * rows * positions; }
+    // Where the row 0 of a position stands; row r is r · positions further.
+    int64_t at(int64_t image, int64_t rows, int64_t position) const {
+        return (image * chunks + position / attention_chunk) * rows * positions + position % attention_chunk;
+    }
+};
+
 // Columns of the gradients at a position: of query, key, value, and out itself.
 inline int64_t attention_gradient_columns(const AttentionSizes& sizes) {
     return 2 * (attention_padded(sizes.key_width) + attention_padded(sizes.value_width));
@@ -37,9 +51,10 @@ inline int64_t attention_gradient_columns(const AttentionSizes& sizes) {
 inline int64_t attention_workspace(const AttentionSizes& sizes, int threads, bool backward) {
     const int64_t positions = sizes.batch * sizes.positions(), C = sizes.channels;
     int64_t elements = threads * attention_thread_workspace(sizes) + 2 * C * (sizes.key_width + sizes.value_width) + 256;
+    elements += AttentionChunks(sizes).elements(sizes.batch, sizes.key_width + sizes.value_width);
     if (backward) {
         const AttentionParts parts = attention_parts(sizes, threads);
-        elements += positions * (sizes.value_width + 2 + attention_gradient_columns(sizes));
+        elements += positions * (2 + attention_gradient_columns(sizes));
         if (parts.parts > 1)
             elements += parts.images * parts.parts * sizes.positions() * attention_padded(sizes.key_width);
     }

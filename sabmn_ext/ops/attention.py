@@ -11,7 +11,7 @@ the kernels are called in ``ops/cpu/``::
 import functools
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,8 +53,8 @@ def self_attention2d(
     the N = H·W positions, unscaled; ``a = w_out out + b_out``.
 
     Args:
-        x: ``[B, C, H, W]``, any strides. float32 and float64 have a C++ kernel on the CPU; every other float dtype and
-            device runs in plain torch. The N×N map is stored nowhere, except by second derivatives: O(B·N²).
+        x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16 (the 16-bit types are computed in
+            float32). C++ kernels serve the CPU, plain torch every other device. The N×N map is stored nowhere, except by second derivatives: O(B·N²).
         w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
         w_value: ``[value width, C]``.
         w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.
@@ -145,33 +145,52 @@ def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, bi
 # ---- the operations ----
 
 
-def _empty_image(x: Tensor) -> Tensor:
-    """Uninitialised, of x's shape and memory format: channels_last where x's channels lie side by side."""
-    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty_like(x, memory_format=memory_format)
+Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, stride, dtype
+Empty = Callable[[Sequence[Layout]], list[Tensor]]  # makes uninitialised tensors
 
 
-def _forward_outputs(x: Tensor, w_query: Tensor, w_value: Tensor) -> tuple[Tensor, ...]:
+def _empty_on(device: torch.device) -> Empty:
+    return lambda layouts: [torch.empty_strided(*layout[:2], dtype=layout[2], device=device) for layout in layouts]
+
+
+def _image_layout(x: Tensor) -> Layout:
+    """x's shape and memory format: channels_last where x's channels lie side by side."""
+    _, channels, height, width = x.shape
+    if channels > 1 and x.stride(1) == 1 and x.stride(3) >= channels:
+        return x.shape, (channels * height * width, 1, channels * width, channels), x.dtype
+    return _dense(x.shape, x.dtype)
+
+
+def _dense(shape: Sequence[int], dtype: torch.dtype) -> Layout:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return shape, strides[: len(shape)][::-1], dtype
+
+
+def _forward_outputs(x: Tensor, w_query: Tensor, w_value: Tensor, empty: Empty) -> list[Tensor]:
     """y, query, key, value, out, lse, uninitialised."""
     batch, positions = x.shape[0], x.shape[2] * x.shape[3]
     widths = (w_query.shape[0], w_query.shape[0], w_value.shape[0], w_value.shape[0])
-    lse = x.new_empty(batch, 2, positions, dtype=reference.wide(x.dtype))
-    return _empty_image(x), *(x.new_empty(batch, width, positions) for width in widths), lse
+    saved = [_dense((batch, width, positions), x.dtype) for width in widths]
+    return empty([_image_layout(x), *saved, _dense((batch, 2, positions), reference.wide(x.dtype))])
 
 
-def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool], empty: Empty) -> list[Tensor]:
     """One gradient for each input, uninitialised; an empty tensor for one that is not wanted."""
     x: Any = inputs[0]
-    outputs = [
-        x.new_empty(t.shape, dtype=t.dtype) if t is not None and need else x.new_empty(0)
+    layouts = [
+        _dense(t.shape, t.dtype) if t is not None and need else _dense((0,), x.dtype)
         for t, need in zip(inputs, needs, strict=True)
     ]
-    return [_empty_image(x), *outputs[1:]] if needs[0] else outputs
+    return empty([_image_layout(x), *layouts[1:]] if needs[0] else layouts)
 
 
 def _kernels(backend: str) -> Any:
-    """The module that calls the kernels of a backend: forward(…) and backward(…), which fill the outputs."""
+    """The module that calls the kernels of a backend: forward(…) and backward(…), which fill the outputs.
+
+    Where it has an empty_strided(…), the outputs are taken from there.
+    """
     return importlib.import_module(f"sabmn_ext.ops.{backend}.attention")
 
 
@@ -180,13 +199,15 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     taken = dispatch.choose("attention_forward", backend, x.device, x.dtype)
     if taken != "torch":
         parameters = [None if t is None else t.contiguous() for t in parameters]
-        outputs = _forward_outputs(x, parameters[0], parameters[2])
-        _kernels(taken).forward(x, parameters, outputs[0], outputs[1:])
-        return outputs
+        kernels = _kernels(taken)
+        empty = getattr(kernels, "empty_strided", None) or _empty_on(x.device)
+        y, *saved = _forward_outputs(x, parameters[0], parameters[2], empty)
+        kernels.forward(x, parameters, y, saved)
+        return y, *saved
     with torch.no_grad(), _no_autocast(x):
         biases = dict(zip(_BIASES, parameters[5:], strict=True))
         y, *saved = reference.self_attention2d_forward(x, *parameters[:5], **biases)
-        return _empty_image(x).copy_(y), *(t.contiguous() for t in saved)
+        return _copy_image(y, x), *(t.contiguous() for t in saved)
 
 
 def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -195,13 +216,19 @@ def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     taken = dispatch.choose("attention_backward", backend, x.device, x.dtype)
     if taken != "torch":
         parameters = [None if t is None else t.contiguous() for t in parameters]
-        grads = _gradient_outputs([x, *parameters], needs)
-        _kernels(taken).backward(grad_y, x, parameters, saved, needs, grads)
+        kernels = _kernels(taken)
+        empty = getattr(kernels, "empty_strided", None) or _empty_on(x.device)
+        grads = _gradient_outputs([x, *parameters], needs, empty)
+        kernels.backward(grad_y, x, parameters, saved, needs, grads)
         return tuple(grads)
     with torch.no_grad(), _no_autocast(x):
         wanted = reference.self_attention2d_backward(grad_y, *inputs[:6], *saved, b_out=inputs[9], needs=needs)
         grads = [x.new_empty(0) if grad is None else grad.contiguous() for grad in wanted]
-        return (_empty_image(x).copy_(grads[0]) if needs[0] else grads[0], *grads[1:])
+        return (_copy_image(grads[0], x) if needs[0] else grads[0], *grads[1:])
+
+
+def _copy_image(image: Tensor, x: Tensor) -> Tensor:
+    return _empty_on(x.device)([_image_layout(x)])[0].copy_(image)
 
 
 def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
@@ -215,8 +242,10 @@ def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *argum
 
 
 for _operation, _implementation, _fake in (
-    ("attention_forward", _forward, lambda x, *rest: _forward_outputs(x, rest[0], rest[2])),
-    ("attention_backward", _backward, lambda _, *rest: tuple(_gradient_outputs(rest[:_N_INPUTS], rest[-2]))),
+    ("attention_forward", _forward, lambda x, *rest: tuple(_forward_outputs(x, rest[0], rest[2], _empty_on(x.device)))),
+    ("attention_backward", _backward, lambda _, x, *rest: tuple(
+        _gradient_outputs((x, *rest[: _N_INPUTS - 1]), rest[-2], _empty_on(x.device))
+    )),
 ):
     dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")

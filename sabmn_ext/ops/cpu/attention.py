@@ -8,8 +8,13 @@ from torch import Tensor
 
 from sabmn_ext import _native
 from sabmn_ext.ops import dispatch
+from sabmn_ext.ops.cpu.buffers import Buffers
 
 Parameters = Sequence[Tensor | None]  # w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out
+
+# Of one training step of a network with several blocks: two calls for each pass of a block.
+_buffers = Buffers(kept_calls=64)
+empty_strided = _buffers.empty_strided
 
 
 def _addresses(tensors: Parameters) -> list[int]:
@@ -22,7 +27,8 @@ def _inputs(
     """What both passes take, and the workspace, which must outlive the call."""
     assert _native.module is not None
     threads, sizes = torch.get_num_threads(), (*x.shape, saved[0].shape[1], saved[2].shape[1])
-    workspace = saved[4].new_empty(_native.module.attention_workspace(sizes, threads, backward))
+    elements = _native.module.attention_workspace(sizes, threads, backward)
+    (workspace,) = empty_strided([((elements,), (1,), saved[4].dtype)])
     arguments = {
         "dtype": dispatch.DTYPE_CODES[x.dtype],
         "threads": threads,
