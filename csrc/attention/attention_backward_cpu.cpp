@@ -1,6 +1,6 @@
 // Self-attention on the CPU, backward (attention.h has the formulas, attention_forward_cpu.cpp explains the tiles).
 //
-// With context = w_outᵀ grad_y, p̂ = p·total (the powers before they are divided by their sum) and f_j = gamma / total_j:
+// With context = w_outᵀ grad_y, p̂ = p·total (the exponentials before division by their sum), f_j = gamma / total_j:
 //   grad value_i = Σ_j p̂_ij f_j context_j,      grad key_i = Σ_j s_ij query_j,      grad query_j = Σ_i s_ij key_i,
 //   s_ij = p̂_ij (value_i · f_j context_j − D_j),      D_j = f_j context_j · out_j.
 //   1 per tile of queries: f·context, D, and what the tile adds to gamma's gradient
@@ -33,8 +33,8 @@ struct Backward {
     F *scratch, *w_in, *w_out, *queries, *context, *row_term, *gamma_term, *gradients, *query_parts;
 
     Backward(const AttentionInputs& inputs, const AttentionGradients& wanted)
-        : in(inputs), g(wanted), B(in.sizes.batch), C(in.sizes.channels), N(in.sizes.positions()), dk(in.sizes.key_width),
-          dv(in.sizes.value_width), parts(attention_parts(in.sizes, in.threads)),
+        : in(inputs), g(wanted), B(in.sizes.batch), C(in.sizes.channels), N(in.sizes.positions()),
+          dk(in.sizes.key_width), dv(in.sizes.value_width), parts(attention_parts(in.sizes, in.threads)),
           columns(attention_gradient_columns(in.sizes)), per_thread(attention_thread_workspace(in.sizes)),
           cut(in.sizes) {
         at_key = attention_padded(dk), at_value = 2 * at_key, at_out = at_value + attention_padded(dv);
@@ -61,7 +61,8 @@ struct Backward {
             for (int64_t column = 0; column < row_length; column += lanes) {
                 const int64_t part = smaller(lanes, row_length - column);
                 load_tile<T>(from + row * row_length + column, count, row_length, part, block);
-                transpose<F>(count, part, [&](int64_t i) { return block + i * lanes; }, to + column * to_row + row, to_row);
+                const auto block_row = [&](int64_t i) { return block + i * lanes; };
+                transpose<F>(count, part, block_row, to + column * to_row + row, to_row);
             }
         }
     }
@@ -91,13 +92,16 @@ struct Backward {
         for (int64_t lane = 0; lane < count; ++lane) gamma_term[position + lane] = rows[lane] + bias_terms[lane];
 
         const F* const log_total = static_cast<const F*>(in.lse) + image * 2 * N + N + first;
-        for (int64_t lane = 0; lane < count; ++lane) factors[lane] = gamma * static_cast<F>(__builtin_exp(-log_total[lane]));
-        each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) { vector_at(sums + at) *= vector_at(factors + lane); });
+        for (int64_t lane = 0; lane < count; ++lane)
+            factors[lane] = gamma * static_cast<F>(__builtin_exp(-log_total[lane]));
+        each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) {
+            vector_at(sums + at) *= vector_at(factors + lane);
+        });
         row_dots(dv, count, sums, out, lanes, rows);
         store_tile<F>(rows, 1, 0, count, row_term + position);
         store_tile<F>(sums, dv, cut.positions, count, context + cut.at(image, dv, first));
-        load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count, queries + cut.at(image, dk, first),
-                     cut.positions, count);
+        load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count,
+                     queries + cut.at(image, dk, first), cut.positions, count);
     }
 
     // Phase 2: the gradients of key and value of a part's keys, and what they add to those of the queries.
@@ -152,7 +156,8 @@ struct Backward {
         for (int64_t begin = 0; begin < B; begin += parts.images) {
             const int64_t images = smaller(parts.images, B - begin);
             each_job(in, scratch, per_thread, images * parts.parts, [&](int64_t job, Arena<F> arena) {
-                attention_of_part(begin + job / parts.parts, job % parts.parts, query_parts + job * N * at_key, at_key, arena);
+                const int64_t image = begin + job / parts.parts;
+                attention_of_part(image, job % parts.parts, query_parts + job * N * at_key, at_key, arena);
             });
 #pragma omp parallel for num_threads(in.threads)
             for (int64_t position = 0; position < images * N; ++position) {
@@ -188,8 +193,8 @@ struct Backward {
     }
 
     // Phase 4: sums[channel][column] = Σ over all positions of image[channel] · gradients[column], for 64 channels.
-    void sum_over_positions(const Image& source, int64_t c, int64_t channels, int64_t first_column, int64_t width, F* sums,
-                            F* tile) {
+    void sum_over_positions(const Image& source, int64_t c, int64_t channels, int64_t first_column, int64_t width,
+                            F* sums, F* tile) {
         bool add = false;
         for (int64_t image = 0; image < B; ++image)
             for (int64_t first = 0; first < N; first += chunk, add = true) {
@@ -199,11 +204,12 @@ struct Backward {
                 bool in_place = false;
                 if constexpr (sizeof(T) == sizeof(F)) {
                     in_place = window.uniform;
-                    if (in_place) left = {window.base + c * window.channel_stride + window.offset[0], window.channel_stride, window.step()};
+                    const F* const start = window.base + c * window.channel_stride + window.offset[0];
+                    if (in_place) left = {start, window.channel_stride, window.step()};
                 }
                 if (!in_place) window.load(c, channels, tile, chunk);
-                product(channels, width, count, left, gradients + (image * N + first) * columns + first_column, columns, sums,
-                        width, add);
+                const F* const right = gradients + (image * N + first) * columns + first_column;
+                product(channels, width, count, left, right, columns, sums, width, add);
             }
         if (!add) for (int64_t i = 0; i < channels * width; ++i) sums[i] = 0;  // no image, no sum
     }
@@ -227,9 +233,11 @@ struct Backward {
             const struct { void* gradient; int64_t column, rows; } weights[] = {
                 {g.w_query, 0, dk}, {g.w_key, at_key, dk}, {g.w_value, at_value, dv}};
             for (const auto& weight : weights)
-                for (int64_t row = 0; weight.gradient && row < weight.rows; ++row)
+                for (int64_t row = 0; weight.gradient && row < weight.rows; ++row) {
+                    T* const to = static_cast<T*>(weight.gradient) + row * C + c;
                     for (int64_t channel = 0; channel < channels; ++channel)
-                        narrow(sums[channel * width + weight.column + row], static_cast<T*>(weight.gradient)[row * C + c + channel]);
+                        narrow(sums[channel * width + weight.column + row], to[channel]);
+                }
         });
     }
 

@@ -1,8 +1,8 @@
 // Self-attention on the CPU, forward (attention.h has the formulas).
 //
-// Everything is computed in tiles of 64 positions: a tile is [rows][64 lanes], its rows are channels (of x, query, out, …) or
-// the other positions (of a block of the map), so that one product routine, A·tile, serves every step and all of softmax
-// works on whole vectors. Rows are walked in chunks of 128.
+// Everything is computed in tiles of 64 positions: a tile is [rows][64 lanes], its rows are channels (of x, query, …) or
+// the other positions (of a block of the map), so that one product routine, A·tile, serves every step and all of
+// softmax works on whole vectors. Rows are walked in chunks of 128.
 //   1 per tile: query, key, value          2 per tile of queries: online softmax over the keys, out, y
 // A job writes what is its own in an order that does not depend on the number of threads: results are deterministic.
 
@@ -28,8 +28,8 @@ struct Projection {
 
 // query, key and value of a tile.
 template <typename T>
-void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], int64_t image, int64_t first, int64_t count,
-             Arena<Wide<T>> arena) {
+void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], int64_t image, int64_t first,
+             int64_t count, Arena<Wide<T>> arena) {
     using F = Wide<T>;
     const int64_t C = in.sizes.channels, N = in.sizes.positions();
     F* const tile = arena.take(chunk * lanes);
@@ -47,7 +47,9 @@ void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], i
     F* from = sums;
     for (const auto& part : parts) {
         if (const T* const bias = static_cast<const T*>(part.bias))
-            each_vector<F>(part.rows, count, [=](int64_t row, int64_t, int64_t at) { vector_at(from + at) += widen(bias[row]); });
+            each_vector<F>(part.rows, count, [=](int64_t row, int64_t, int64_t at) {
+                vector_at(from + at) += widen(bias[row]);
+            });
         T* const result = static_cast<T*>(part.result) + image * part.rows * N + first;
         store_tile<T>(from, part.rows, N, count, result);
         if (part.chunks) {  // read back, rounded to T as the backward pass will find it
@@ -65,8 +67,8 @@ struct Softmax {
     F maximum[lanes], total[lanes];
 };
 
-// map[key][query]: logits become powers of the distance to the maximum so far; out, if there is one already, is corrected
-// for a maximum that has grown.
+// map[key][query]: logits become exponentials of their distance to the maximum so far; out, if there is one already, is
+// corrected for a maximum that has grown.
 template <typename F>
 void online_softmax(int64_t keys, int64_t count, F* map, Softmax<F>& softmax, int64_t rows, F* out, bool first) {
     constexpr int group = 4;  // vectors at a time: one chain of maxima would wait for itself
@@ -103,8 +105,8 @@ void online_softmax(int64_t keys, int64_t count, F* map, Softmax<F>& softmax, in
 
 // out, lse and y of a tile of queries.
 template <typename T>
-void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys, const Wide<T>* values, const Image& y, int64_t image, int64_t first, int64_t count,
-            Arena<Wide<T>> arena) {
+void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys, const Wide<T>* values,
+            const Image& y, int64_t image, int64_t first, int64_t count, Arena<Wide<T>> arena) {
     using F = Wide<T>;
     const int64_t N = in.sizes.positions(), C = in.sizes.channels, dk = in.sizes.key_width, dv = in.sizes.value_width;
     F* const map = arena.take(chunk * lanes);  // [keys of a chunk][queries]
@@ -124,7 +126,9 @@ void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys
         online_softmax(part, count, map, softmax, dv, out, i == 0);
         product(dv, count, part, Left<F>{value, cut.positions, 1}, map, lanes, out, lanes, i > 0);
     }
-    each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) { vector_at(out + at) /= vector_at(softmax.total + lane); });
+    each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) {
+        vector_at(out + at) /= vector_at(softmax.total + lane);
+    });
     store_tile<T>(out, dv, N, count, static_cast<T*>(in.out) + image * dv * N + first);
     F* const lse = static_cast<F*>(in.lse) + image * 2 * N + first;
     for (int64_t lane = 0; lane < count; ++lane) {
@@ -141,9 +145,13 @@ void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys
         if (w_out)
             product(channels, count, dv, Left<F>{w_out + c * dv, dv, 1}, out, lanes, tile, lanes, true);
         else
-            each_vector<F>(channels, count, [=](int64_t, int64_t, int64_t at) { vector_at(tile + at) += vector_at(out + c * lanes + at); });
+            each_vector<F>(channels, count, [=](int64_t, int64_t, int64_t at) {
+                vector_at(tile + at) += vector_at(out + c * lanes + at);
+            });
         if (const T* const bias = static_cast<const T*>(in.b_out))
-            each_vector<F>(channels, count, [=](int64_t row, int64_t, int64_t at) { vector_at(tile + at) += gamma * widen(bias[c + row]); });
+            each_vector<F>(channels, count, [=](int64_t row, int64_t, int64_t at) {
+                vector_at(tile + at) += gamma * widen(bias[c + row]);
+            });
         to.store(c, channels, tile);
     }
 }
@@ -152,17 +160,18 @@ template <typename T>
 Status forward(const AttentionInputs& in, const Image& y) {
     using F = Wide<T>;
     const AttentionSizes& sizes = in.sizes;
-    const int64_t C = sizes.channels, per_thread = attention_thread_workspace(sizes);
+    const int64_t C = sizes.channels, dk = sizes.key_width, dv = sizes.value_width;
+    const int64_t per_thread = attention_thread_workspace(sizes);
     F* const scratch = static_cast<F*>(in.workspace);
     Arena<F> shared{scratch + in.threads * per_thread};
     const AttentionChunks cut(sizes);
-    F* const keys = shared.take(cut.elements(sizes.batch, sizes.key_width));
-    F* const values = shared.take(cut.elements(sizes.batch, sizes.value_width));
+    F* const keys = shared.take(cut.elements(sizes.batch, dk));
+    F* const values = shared.take(cut.elements(sizes.batch, dv));
     const Projection<F> parts[] = {
-        {wide_weights<T>(in, in.w_query, sizes.key_width, C, shared), in.b_query, in.query, sizes.key_width, nullptr},
-        {wide_weights<T>(in, in.w_key, sizes.key_width, C, shared), in.b_key, in.key, sizes.key_width, keys},
-        {wide_weights<T>(in, in.w_value, sizes.value_width, C, shared), in.b_value, in.value, sizes.value_width, values}};
-    const F* const w_out = wide_weights<T>(in, in.w_out, C, sizes.value_width, shared);
+        {wide_weights<T>(in, in.w_query, dk, C, shared), in.b_query, in.query, dk, nullptr},
+        {wide_weights<T>(in, in.w_key, dk, C, shared), in.b_key, in.key, dk, keys},
+        {wide_weights<T>(in, in.w_value, dv, C, shared), in.b_value, in.value, dv, values}};
+    const F* const w_out = wide_weights<T>(in, in.w_out, C, dv, shared);
     each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         project<T>(in, parts, image, first, count, arena);
     });

@@ -102,10 +102,11 @@ static void product(std::int64_t rows, std::int64_t columns, std::int64_t depth,
     }
 }
 
-// sums[lane] = Σ over rows of a·b, added up exactly as product() does it: where a row of the map is one-hot, its gradient
-// of the map less this sum is then 0, not rounding noise times a large logit's gradient.
+// sums[lane] = Σ over rows of a·b, added up exactly as product() does it: where a row of the map is one-hot, its
+// gradient of the map less this sum is then 0, not rounding noise times a large logit's gradient.
 template <typename T>
-static void row_dots(std::int64_t rows, std::int64_t columns, const T* a, const T* b, std::int64_t row_length, T* sums) {
+static void row_dots(std::int64_t rows, std::int64_t columns, const T* a, const T* b, std::int64_t row_length,
+                     T* sums) {
     for (std::int64_t lane = 0; lane < columns; lane += vector_lanes<T>) {
         Vector<T> total = {};
         for (std::int64_t row = 0; row < rows; row += product_depth) {

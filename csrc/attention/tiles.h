@@ -16,7 +16,7 @@ constexpr std::int64_t lanes = attention_lanes, chunk = attention_chunk;
 static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 static inline std::int64_t blocks_of(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
 
-// Calls f(offset) for each vector of the first `columns` lanes of a tile's rows, and lane(offset) = offset % lanes.
+// Calls f(row, lane, offset in the tile) for each vector of the first `columns` lanes of a tile's rows.
 template <typename T, typename F>
 static inline void each_vector(std::int64_t rows, std::int64_t columns, F f) {
     for (std::int64_t row = 0; row < rows; ++row)
@@ -39,7 +39,7 @@ static inline void write_row(const Wide<T>* from, std::int64_t count, T* to) {
         for (std::int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
 }
 
-// tile[row][i] = matrix[row][i] for i < count, then zeros up to `filled`; the rows are row_length and tile_row apart. And
+// tile[row][i] = matrix[row][i] for i < count, then zeros up to `filled`; rows are row_length and tile_row apart. And
 // back.
 template <typename T>
 static void load_tile(const T* matrix, std::int64_t rows, std::int64_t row_length, std::int64_t count, Wide<T>* tile,
@@ -99,7 +99,7 @@ struct Window {
     std::int64_t step() const { return count > 1 ? offset[1] - offset[0] : 1; }
     bool contiguous() const { return uniform && step() == 1; }
 
-    // tile[channel][lane], rows of `width` ≥ count, zeros after the last position; tile[lane][channel] is not made.
+    // tile[channel][lane], rows of `width` ≥ count, zeros after the last position.
     void load(std::int64_t first_channel, std::int64_t channels, F* tile, std::int64_t width = lanes) const {
         const T* const from = base + first_channel * channel_stride;
         if (contiguous()) return load_tile<T>(from + offset[0], channels, channel_stride, count, tile, width, width);
@@ -132,7 +132,8 @@ struct Window {
             F rows[lanes * lanes];  // [lane][channel]
             for (std::int64_t c = 0; c < channels; c += lanes) {
                 const std::int64_t part = smaller(lanes, channels - c);
-                transpose<F>(part, count, [=](std::int64_t channel) { return tile + (c + channel) * lanes; }, rows, lanes);
+                const F* const from = tile + c * lanes;
+                transpose<F>(part, count, [=](std::int64_t channel) { return from + channel * lanes; }, rows, lanes);
                 for (std::int64_t lane = 0; lane < count; ++lane)
                     write_row(rows + lane * lanes, part, to + offset[lane] + c);
             }
@@ -173,9 +174,11 @@ struct Arena {
 
 // Calls f(job, this thread's scratch memory) for every job, over the threads.
 template <typename F, typename Body>
-static void each_job(const AttentionInputs& in, F* scratch, std::int64_t scratch_of_thread, std::int64_t jobs, Body body) {
+static void each_job(const AttentionInputs& in, F* scratch, std::int64_t scratch_of_thread, std::int64_t jobs,
+                     Body body) {
 #pragma omp parallel for num_threads(in.threads) schedule(dynamic)
-    for (std::int64_t job = 0; job < jobs; ++job) body(job, Arena<F>{scratch + omp_get_thread_num() * scratch_of_thread});
+    for (std::int64_t job = 0; job < jobs; ++job)
+        body(job, Arena<F>{scratch + omp_get_thread_num() * scratch_of_thread});
 }
 
 // Calls f(image, first position, positions, scratch) for every tile of positions.
@@ -190,8 +193,8 @@ static void each_tile(const AttentionInputs& in, F* scratch, std::int64_t scratc
 
 // The weights [rows][columns] in what is computed in: where they stand, or a copy in `memory`.
 template <typename T>
-static const Wide<T>* wide_weights(const AttentionInputs& in, const void* weights, std::int64_t rows, std::int64_t columns,
-                                   Arena<Wide<T>>& memory) {
+static const Wide<T>* wide_weights(const AttentionInputs& in, const void* weights, std::int64_t rows,
+                                   std::int64_t columns, Arena<Wide<T>>& memory) {
     if (!weights) return nullptr;
     const T* const from = static_cast<const T*>(weights);
     if constexpr (sizeof(T) == sizeof(Wide<T>)) return from;

@@ -8,8 +8,8 @@ namespace sabmn {
 constexpr int64_t attention_padded(int64_t width) { return (width + 15) / 16 * 16; }  // whole vectors
 
 // The keys of an image, cut into parts that can be worked on at the same time. Each part has a sum of its own for the
-// gradients of the queries, and these are added in their order: the parts depend on N alone, so that the result does not
-// depend on the number of threads.
+// gradients of the queries, and these are added in their order: the parts depend on N alone, so that the result does
+// not depend on the number of threads.
 struct AttentionParts {
     int64_t keys;    // of a part, whole tiles
     int64_t parts;   // of an image: at most 8, so that the sums stay O(N)
@@ -28,8 +28,8 @@ inline int64_t attention_thread_workspace(const AttentionSizes& sizes) {
     return attention_lanes * (2 * attention_chunk + 7 * widths);
 }
 
-// A matrix [B, rows, N] as the products read it: cut into chunks of 128 positions, [B, chunks, rows, 128] (fewer where N
-// is smaller). In place, rows of N numbers would meet in the same few cache sets.
+// A matrix [B, rows, N] as the products read it: cut into chunks of 128 positions, [B, chunks, rows, 128] (fewer where
+// N is smaller). In place, rows of N numbers would meet in the same few cache sets.
 struct AttentionChunks {
     int64_t chunks, positions;  // of an image; of a chunk
     explicit AttentionChunks(const AttentionSizes& sizes)
@@ -50,8 +50,9 @@ inline int64_t attention_gradient_columns(const AttentionSizes& sizes) {
 // Elements of the wide type that the workspace of a pass must have.
 inline int64_t attention_workspace(const AttentionSizes& sizes, int threads, bool backward) {
     const int64_t positions = sizes.batch * sizes.positions(), C = sizes.channels;
-    int64_t elements = threads * attention_thread_workspace(sizes) + 2 * C * (sizes.key_width + sizes.value_width) + 256;
-    elements += AttentionChunks(sizes).elements(sizes.batch, sizes.key_width + sizes.value_width);
+    const int64_t widths = sizes.key_width + sizes.value_width;
+    int64_t elements = threads * attention_thread_workspace(sizes) + 2 * C * widths + 256;
+    elements += AttentionChunks(sizes).elements(sizes.batch, widths);
     if (backward) {
         const AttentionParts parts = attention_parts(sizes, threads);
         elements += positions * (2 + attention_gradient_columns(sizes));

@@ -53,8 +53,9 @@ def self_attention2d(
     the N = H·W positions, unscaled; ``a = w_out out + b_out``.
 
     Args:
-        x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16 (the 16-bit types are computed in
-            float32). C++ kernels serve the CPU, plain torch every other device. The N×N map is stored nowhere, except by second derivatives: O(B·N²).
+        x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16 (the CPU computes the 16-bit types in
+            float32). C++ kernels serve the CPU, plain torch every other device. The N×N map is stored nowhere, except
+            by second derivatives: O(B·N²).
         w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
         w_value: ``[value width, C]``.
         w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.

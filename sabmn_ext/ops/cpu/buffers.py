@@ -76,4 +76,5 @@ class Buffers:
 
     def _give_back(self) -> None:
         for nbytes, buffers in self._buffers.items():
-            self._buffers[nbytes] = [b for b in buffers if self._calls - b.last_used < self._kept_calls or not b.is_free()]
+            oldest = self._calls - self._kept_calls
+            self._buffers[nbytes] = [b for b in buffers if b.last_used > oldest or not b.is_free()]
