@@ -38,12 +38,12 @@ struct AttentionInputs {
     const void *b_query, *b_key, *b_value, *b_out;
     void *query, *key;            // [B, key_width, N]: the forward writes them, the backward reads them, and so for
     void *value, *out;            // [B, value_width, N]
-    void *lse;                    // [B, 2, N]: the logits' maximum m_j and log Σ_i exp(key_i · query_j − m_j). Their sum
+    void *lse;                    // [B, 2, N]: the logits' maximum m_j, log Σ_i exp(key_i · query_j − m_j). Their sum
                                   // would lose the second beside logits of 10³
     void *workspace;              // attention_workspace() elements (workspace.h)
 };
 
-// The gradients; null where one is not wanted. That of b_key is 0, and b_out's, a sum over grad_y alone, is the caller's.
+// The gradients; null where one is not wanted. b_key's is 0, and b_out's, a sum over grad_y alone, is the caller's.
 struct AttentionGradients {
     Image grad_y, grad_x;
     void *w_query, *w_key, *w_value, *w_out, *gamma, *b_query, *b_value;

@@ -1,7 +1,7 @@
 // Self-attention on the CPU, forward (attention.h has the formulas).
 //
-// Everything is computed in tiles of 64 positions: a tile is [rows][64 lanes], its rows are channels (of x, query, …) or
-// the other positions (of a block of the map), so that one product routine, A·tile, serves every step and all of
+// Everything is computed in tiles of 64 positions: a tile is [rows][64 lanes], its rows are channels (of x, query, …)
+// or the other positions (of a block of the map), so that one product routine, A·tile, serves every step and all of
 // softmax works on whole vectors. Rows are walked in chunks of 128.
 //   1 per tile: query, key, value          2 per tile of queries: online softmax over the keys, out, y
 // A job writes what is its own in an order that does not depend on the number of threads: results are deterministic.

@@ -51,9 +51,9 @@ struct Exponential<double> {
 };
 
 // e^x for x ≤ 0, with a relative error under 2^-22 + |x|·2^-25 (2^-50 + |x|·2^-53 in double; |x|·2^-23 and |x|·2^-51
-// where there is no fused multiply-add): with n the integer nearest to x·log2 e and r = x·log2 e − n, 2^r by a polynomial,
-// times 2^n. e^0 is 1 exactly, which makes one-hot rows exact. 0 below the smallest normal number or, with AVX-512, below the
-// smallest subnormal one; NaN stays NaN.
+// where there is no fused multiply-add): with n the integer nearest to x·log2 e and r = x·log2 e − n, 2^r by a
+// polynomial, times 2^n. e^0 is 1 exactly, which makes one-hot rows exact. 0 below the smallest normal number or, with
+// AVX-512, below the smallest subnormal one; NaN stays NaN.
 template <typename T>
 static inline Vector<T> exponential(Vector<T> x) {
     using E = Exponential<T>;
