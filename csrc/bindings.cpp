@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/workspace.h"
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
@@ -317,16 +318,21 @@ Image image(Address data, const Strides& strides) {
     return {pointer<void>(data), strides[0], strides[1], strides[2], strides[3]};
 }
 
-// sizes: B, C, H, W, key width, value width. weights: query, key, value, out, gamma; biases: query, key, value, out.
-// saved: query, key, value, out, lse.
-AttentionInputs attention_inputs(int dtype, int threads, const std::array<std::int64_t, 6>& sizes, Address x,
-                                 const Strides& x_strides, const std::array<Address, 5>& weights,
-                                 const std::array<Address, 4>& biases, const std::array<Address, 5>& saved, Address scratch) {
+// B, C, H, W, key width, value width
+using SizeFields = std::array<std::int64_t, 6>;
+
+AttentionSizes sizes_of(const SizeFields& fields) {
+    return {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
+}
+
+// weights: query, key, value, out, gamma; biases: query, key, value, out; saved: query, key, value, out, lse.
+AttentionInputs attention_inputs(int dtype, int threads, const SizeFields& sizes, Address x, const Strides& x_strides,
+                                 const std::array<Address, 5>& weights, const std::array<Address, 4>& biases,
+                                 const std::array<Address, 5>& saved, Address workspace) {
     AttentionInputs in{};
     in.dtype = static_cast<DType>(dtype);
     in.threads = usable_threads(threads);
-    in.batch = sizes[0], in.channels = sizes[1], in.height = sizes[2], in.width = sizes[3];
-    in.key_width = sizes[4], in.value_width = sizes[5];
+    in.sizes = sizes_of(sizes);
     in.x = image(x, x_strides);
     const void** const weight_fields[] = {&in.w_query, &in.w_key, &in.w_value, &in.w_out, &in.gamma};
     for (int i = 0; i < 5; ++i) *weight_fields[i] = pointer<void>(weights[i]);
@@ -334,42 +340,51 @@ AttentionInputs attention_inputs(int dtype, int threads, const std::array<std::i
     for (int i = 0; i < 4; ++i) *bias_fields[i] = pointer<void>(biases[i]);
     void** const saved_fields[] = {&in.query, &in.key, &in.value, &in.out, &in.lse};
     for (int i = 0; i < 5; ++i) *saved_fields[i] = pointer<void>(saved[i]);
-    in.scratch = pointer<void>(scratch);
+    in.workspace = pointer<void>(workspace);
     return in;
 }
 
-int attention_forward(int dtype, int threads, const std::array<std::int64_t, 6>& sizes, Address x, const Strides& x_strides,
+int attention_forward(int dtype, int threads, const SizeFields& sizes, Address x, const Strides& x_strides,
                       const std::array<Address, 5>& weights, const std::array<Address, 4>& biases,
-                      const std::array<Address, 5>& saved, Address scratch, Address y, const Strides& y_strides) {
-    const AttentionInputs in = attention_inputs(dtype, threads, sizes, x, x_strides, weights, biases, saved, scratch);
+                      const std::array<Address, 5>& saved, Address workspace, Address y, const Strides& y_strides) {
+    const AttentionInputs in = attention_inputs(dtype, threads, sizes, x, x_strides, weights, biases, saved, workspace);
     return for_isa(SABMN_VARIANTS(attention_forward))(in, image(y, y_strides));
 }
 
-// gradients: of w_query, w_key, w_value, w_out, gamma; workspaces: gradients of query, key, value, then context, row term.
-int attention_backward(int dtype, int threads, const std::array<std::int64_t, 6>& sizes, Address x, const Strides& x_strides,
+// gradients: of w_query, w_key, w_value, w_out, gamma, b_query, b_value.
+int attention_backward(int dtype, int threads, const SizeFields& sizes, Address x, const Strides& x_strides,
                        const std::array<Address, 5>& weights, const std::array<Address, 4>& biases,
-                       const std::array<Address, 5>& saved, Address scratch, Address grad_y, const Strides& grad_y_strides,
-                       Address grad_x, const Strides& grad_x_strides, const std::array<Address, 5>& gradients,
-                       const std::array<Address, 5>& workspaces) {
-    const AttentionInputs in = attention_inputs(dtype, threads, sizes, x, x_strides, weights, biases, saved, scratch);
+                       const std::array<Address, 5>& saved, Address workspace, Address grad_y,
+                       const Strides& grad_y_strides, Address grad_x, const Strides& grad_x_strides,
+                       const std::array<Address, 7>& gradients) {
+    const AttentionInputs in = attention_inputs(dtype, threads, sizes, x, x_strides, weights, biases, saved, workspace);
     AttentionGradients g{};
     g.grad_y = image(grad_y, grad_y_strides);
     g.grad_x = image(grad_x, grad_x_strides);
-    void** const gradient_fields[] = {&g.w_query, &g.w_key, &g.w_value, &g.w_out, &g.gamma};
-    for (int i = 0; i < 5; ++i) *gradient_fields[i] = pointer<void>(gradients[i]);
-    void** const workspace_fields[] = {&g.query, &g.key, &g.value, &g.context, &g.row_term};
-    for (int i = 0; i < 5; ++i) *workspace_fields[i] = pointer<void>(workspaces[i]);
+    void** const fields[] = {&g.w_query, &g.w_key, &g.w_value, &g.w_out, &g.gamma, &g.b_query, &g.b_value};
+    for (int i = 0; i < 7; ++i) *fields[i] = pointer<void>(gradients[i]);
     return for_isa(SABMN_VARIANTS(attention_backward))(in, g);
+}
+
+int attention_exponential(int dtype, Address x, Address result, std::int64_t count) {
+    return for_isa(SABMN_VARIANTS(attention_exponential))(static_cast<DType>(dtype), pointer<void>(x),
+                                                          pointer<void>(result), count);
 }
 
 void define_attention(py::module_& m) {
     using namespace py::literals;
-    m.def("attention_scratch", attention_scratch, "key_width"_a, "value_width"_a);
-    m.def("attention_forward", attention_forward, py::call_guard<py::gil_scoped_release>(), "dtype"_a, "threads"_a, "sizes"_a,
-          "x"_a, "x_strides"_a, "weights"_a, "biases"_a, "saved"_a, "scratch"_a, "y"_a, "y_strides"_a);
-    m.def("attention_backward", attention_backward, py::call_guard<py::gil_scoped_release>(), "dtype"_a, "threads"_a, "sizes"_a,
-          "x"_a, "x_strides"_a, "weights"_a, "biases"_a, "saved"_a, "scratch"_a, "grad_y"_a, "grad_y_strides"_a, "grad_x"_a,
-          "grad_x_strides"_a, "gradients"_a, "workspaces"_a);
+    m.def(
+        "attention_workspace",
+        [](const SizeFields& sizes, int threads, bool backward) {
+            return attention_workspace(sizes_of(sizes), usable_threads(threads), backward);
+        },
+        "sizes"_a, "threads"_a, "backward"_a);
+    m.def("attention_forward", attention_forward, py::call_guard<py::gil_scoped_release>(), "dtype"_a, "threads"_a,
+          "sizes"_a, "x"_a, "x_strides"_a, "weights"_a, "biases"_a, "saved"_a, "workspace"_a, "y"_a, "y_strides"_a);
+    m.def("attention_backward", attention_backward, py::call_guard<py::gil_scoped_release>(), "dtype"_a, "threads"_a,
+          "sizes"_a, "x"_a, "x_strides"_a, "weights"_a, "biases"_a, "saved"_a, "workspace"_a, "grad_y"_a,
+          "grad_y_strides"_a, "grad_x"_a, "grad_x_strides"_a, "gradients"_a);
+    m.def("attention_exponential", attention_exponential, "dtype"_a, "x"_a, "result"_a, "count"_a);
 }
 
 }  // namespace

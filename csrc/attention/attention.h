@@ -19,11 +19,17 @@ struct Image {
     int64_t batch_stride, channel_stride, height_stride, width_stride;
 };
 
-// What both passes read. An absent projection or bias is a null pointer.
+struct AttentionSizes {
+    int64_t batch, channels, height, width, key_width, value_width;
+    int64_t positions() const { return height * width; }
+};
+
+// What both passes read. An absent projection or bias is a null pointer. gamma, lse and workspace have the wide type:
+// float for the 16-bit types, else the type itself.
 struct AttentionInputs {
     DType dtype;
     int threads;
-    int64_t batch, channels, height, width, key_width, value_width;
+    AttentionSizes sizes;
     Image x;
     const void *w_query, *w_key;  // [key_width, C]
     const void *w_value;          // [value_width, C]
@@ -32,31 +38,23 @@ struct AttentionInputs {
     const void *b_query, *b_key, *b_value, *b_out;
     void *query, *key;            // [B, key_width, N]: the forward writes them, the backward reads them, and so for
     void *value, *out;            // [B, value_width, N]
-    void *lse;                    // [B, 2, N]: the logits' maximum m_j, and log Σ_i exp(key_i · query_j − m_j). Their sum
+    void *lse;                    // [B, 2, N]: the logits' maximum m_j, log Σ_i exp(key_i · query_j − m_j). Their sum
                                   // would lose the second beside logits of 10³
-    void *scratch;                // threads × attention_scratch() elements
+    void *workspace;              // attention_workspace() elements (workspace.h)
 };
 
-// The gradients. Those of the biases are sums that the caller takes: over query, value and grad_y here.
+// The gradients; null where one is not wanted. b_key's is 0, and b_out's, a sum over grad_y alone, is the caller's.
 struct AttentionGradients {
-    Image grad_y;
-    Image grad_x;                 // wanted where its data is not null; needs query and key
-    void *w_query, *w_key, *w_value, *w_out, *gamma;  // null: not wanted
-    void *query;                  // [B, key_width, N]: the gradient of query; null where nothing wanted needs it
-    void *key, *value;            // [B, key_width or value_width, N]: of key and value; both or neither
-    void *context;                // [B, value_width, N]: w_outᵀ grad_y, the gradient of out over gamma
-    void *row_term;               // [2, B, N], workspace
+    Image grad_y, grad_x;
+    void *w_query, *w_key, *w_value, *w_out, *gamma, *b_query, *b_value;
 };
 
-constexpr int64_t attention_lanes = 64;  // positions in a tile: one row of a tile
-constexpr int64_t attention_chunk = 128; // rows of the tiles that are walked in chunks
-
-// Elements of scratch for each thread.
-constexpr int64_t attention_scratch(int64_t key_width, int64_t value_width) {
-    return attention_lanes * 2 * (attention_chunk + key_width + value_width);
-}
+constexpr int64_t attention_lanes = 64;   // positions in a tile: one row of a tile
+constexpr int64_t attention_chunk = 128;  // rows of the tiles that are walked in chunks
 
 SABMN_FOR_EACH_ISA(Status attention_forward(const AttentionInputs& inputs, const Image& y);)
 SABMN_FOR_EACH_ISA(Status attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients);)
+// result[i] = exp(x[i]) for x[i] ≤ 0, as the kernels compute it (float32 and float64); for its test.
+SABMN_FOR_EACH_ISA(Status attention_exponential(DType dtype, const void* x, void* result, int64_t count);)
 
 }  // namespace sabmn

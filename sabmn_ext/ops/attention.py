@@ -1,6 +1,7 @@
 """Self-attention over a feature map, y = γ·a + x, as one operation: schema, checks, dispatch, autograd.
 
-The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020)::
+The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020);
+the kernels are called in ``ops/cpu/``::
 
     self_attention2d → _Attention → sabmn_ext::attention_forward                (no gradient of its own)
             backward → _AttentionGradient → sabmn_ext::attention_backward       (no gradient of its own)
@@ -8,15 +9,15 @@ The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019;
 """
 
 import functools
+import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
 
 _INPUTS = (
@@ -52,8 +53,9 @@ def self_attention2d(
     the N = H·W positions, unscaled; ``a = w_out out + b_out``.
 
     Args:
-        x: ``[B, C, H, W]``, any strides. float32 and float64 have a C++ kernel on the CPU; every other float dtype and
-            device runs in plain torch. The N×N map is stored nowhere, except by second derivatives: O(B·N²).
+        x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16 (the CPU computes the 16-bit types in
+            float32). C++ kernels serve the CPU, plain torch every other device. The N×N map is stored nowhere, except
+            by second derivatives: O(B·N²).
         w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
         w_value: ``[value width, C]``.
         w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.
@@ -144,106 +146,90 @@ def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, bi
 # ---- the operations ----
 
 
-def _empty_image(x: Tensor) -> Tensor:
-    """Uninitialised, of x's shape and memory format: channels_last where x's channels lie side by side."""
-    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty_like(x, memory_format=memory_format)
+Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, stride, dtype
+Empty = Callable[[Sequence[Layout]], list[Tensor]]  # makes uninitialised tensors
 
 
-def _forward_outputs(x: Tensor, w_query: Tensor, w_value: Tensor) -> tuple[Tensor, ...]:
+def _empty_on(device: torch.device) -> Empty:
+    return lambda layouts: [torch.empty_strided(*layout[:2], dtype=layout[2], device=device) for layout in layouts]
+
+
+def _image_layout(x: Tensor) -> Layout:
+    """x's shape and memory format: channels_last where x's channels lie side by side."""
+    _, channels, height, width = x.shape
+    if channels > 1 and x.stride(1) == 1 and x.stride(3) >= channels:
+        return x.shape, (channels * height * width, 1, channels * width, channels), x.dtype
+    return _dense(x.shape, x.dtype)
+
+
+def _dense(shape: Sequence[int], dtype: torch.dtype) -> Layout:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return shape, strides[: len(shape)][::-1], dtype
+
+
+def _forward_outputs(x: Tensor, w_query: Tensor, w_value: Tensor, empty: Empty) -> list[Tensor]:
     """y, query, key, value, out, lse, uninitialised."""
     batch, positions = x.shape[0], x.shape[2] * x.shape[3]
     widths = (w_query.shape[0], w_query.shape[0], w_value.shape[0], w_value.shape[0])
-    lse = x.new_empty(batch, 2, positions, dtype=reference.wide(x.dtype))
-    return _empty_image(x), *(x.new_empty(batch, width, positions) for width in widths), lse
+    saved = [_dense((batch, width, positions), x.dtype) for width in widths]
+    return empty([_image_layout(x), *saved, _dense((batch, 2, positions), reference.wide(x.dtype))])
 
 
-def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool], empty: Empty) -> list[Tensor]:
     """One gradient for each input, uninitialised; an empty tensor for one that is not wanted."""
     x: Any = inputs[0]
-    outputs = [
-        x.new_empty(t.shape, dtype=t.dtype) if t is not None and need else x.new_empty(0)
+    layouts = [
+        _dense(t.shape, t.dtype) if t is not None and need else _dense((0,), x.dtype)
         for t, need in zip(inputs, needs, strict=True)
     ]
-    return [_empty_image(x), *outputs[1:]] if needs[0] else outputs
+    return empty([_image_layout(x), *layouts[1:]] if needs[0] else layouts)
 
 
-def _native_inputs(x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor]) -> tuple[Any, Tensor]:
-    """What both passes of the C++ kernel take, and the scratch memory, which must outlive the call."""
-    threads, key_width, value_width = torch.get_num_threads(), saved[0].shape[1], saved[2].shape[1]
-    scratch = x.new_empty(threads * _native.module.attention_scratch(key_width, value_width))  # type: ignore[union-attr]
-    arguments = {
-        "dtype": dispatch.DTYPE_CODES[x.dtype],
-        "threads": threads,
-        "sizes": (*x.shape, key_width, value_width),
-        "x": x.data_ptr(), "x_strides": x.stride(),
-        "weights": _addresses(parameters[:5]),
-        "biases": _addresses(parameters[5:]),
-        "saved": _addresses(saved),
-        "scratch": scratch.data_ptr(),
-    }
-    return arguments, scratch
+def _kernels(backend: str) -> Any:
+    """The module that calls the kernels of a backend: forward(…) and backward(…), which fill the outputs.
 
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    Where it has an empty_strided(…), the outputs are taken from there.
+    """
+    return importlib.import_module(f"sabmn_ext.ops.{backend}.attention")
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *parameters, backend = arguments
-    if dispatch.choose("attention_forward", backend, x.device, x.dtype) == "cpu":
-        assert _native.module is not None
+    taken = dispatch.choose("attention_forward", backend, x.device, x.dtype)
+    if taken != "torch":
         parameters = [None if t is None else t.contiguous() for t in parameters]
-        y, *saved = outputs = _forward_outputs(x, parameters[0], parameters[2])
-        shared, _scratch = _native_inputs(x, parameters, saved)
-        status = _native.module.attention_forward(**shared, y=y.data_ptr(), y_strides=y.stride())
-        dispatch.check_status(status, "attention_forward", x)
-        return outputs
+        kernels = _kernels(taken)
+        empty = getattr(kernels, "empty_strided", None) or _empty_on(x.device)
+        y, *saved = _forward_outputs(x, parameters[0], parameters[2], empty)
+        kernels.forward(x, parameters, y, saved)
+        return y, *saved
     with torch.no_grad(), _no_autocast(x):
         biases = dict(zip(_BIASES, parameters[5:], strict=True))
         y, *saved = reference.self_attention2d_forward(x, *parameters[:5], **biases)
-        return _empty_image(x).copy_(y), *(t.contiguous() for t in saved)
+        return _copy_image(y, x), *(t.contiguous() for t in saved)
 
 
 def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, saved, (needs, backend) = arguments[:_N_INPUTS], arguments[_N_INPUTS:-2], arguments[-2:]
-    x = inputs[0]
-    if dispatch.choose("attention_backward", backend, x.device, x.dtype) == "cpu":
-        return _native_backward(grad_y, x, inputs[1:], saved, needs)
+    x, *parameters = inputs
+    taken = dispatch.choose("attention_backward", backend, x.device, x.dtype)
+    if taken != "torch":
+        parameters = [None if t is None else t.contiguous() for t in parameters]
+        kernels = _kernels(taken)
+        empty = getattr(kernels, "empty_strided", None) or _empty_on(x.device)
+        grads = _gradient_outputs([x, *parameters], needs, empty)
+        kernels.backward(grad_y, x, parameters, saved, needs, grads)
+        return tuple(grads)
     with torch.no_grad(), _no_autocast(x):
         wanted = reference.self_attention2d_backward(grad_y, *inputs[:6], *saved, b_out=inputs[9], needs=needs)
         grads = [x.new_empty(0) if grad is None else grad.contiguous() for grad in wanted]
-        return (_empty_image(x).copy_(grads[0]) if needs[0] else grads[0], *grads[1:])
+        return (_copy_image(grads[0], x) if needs[0] else grads[0], *grads[1:])
 
 
-def _native_backward(
-    grad_y: Tensor, x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    assert _native.module is not None
-    parameters = [None if t is None else t.contiguous() for t in parameters]
-    grads = _gradient_outputs([x, *parameters], needs)
-    query, key, value, _, lse = saved
-    grad_query = torch.empty_like(query) if needs[0] or needs[1] or needs[6] else None
-    through_key = needs[0] or needs[2] or needs[3] or needs[8]
-    grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if through_key else (None, None)
-    context, row_term = torch.empty_like(value), torch.empty_like(lse)
-    shared, _scratch = _native_inputs(x, parameters, saved)
-    status = _native.module.attention_backward(
-        **shared,
-        grad_y=grad_y.data_ptr(), grad_y_strides=grad_y.stride(),
-        grad_x=grads[0].data_ptr() if needs[0] else 0, grad_x_strides=grads[0].stride() if needs[0] else (0, 0, 0, 0),
-        gradients=_addresses([grad if need else None for grad, need in zip(grads[1:6], needs[1:6], strict=True)]),
-        workspaces=_addresses([grad_query, grad_key, grad_value, context, row_term]),
-    )  # fmt: skip
-    dispatch.check_status(status, "attention_backward", x)
-    grads[7].zero_()  # a key bias cancels in the softmax
-    for i, grad in ((6, grad_query), (8, grad_value)):
-        if needs[i] and grad is not None:
-            torch.sum(grad, (0, 2), out=grads[i])
-    if needs[9]:
-        torch.sum(grad_y, (0, 2, 3), out=grads[9]).mul_(parameters[4])  # type: ignore[arg-type]
-    return tuple(grads)
+def _copy_image(image: Tensor, x: Tensor) -> Tensor:
+    return _empty_on(x.device)([_image_layout(x)])[0].copy_(image)
 
 
 def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
@@ -257,10 +243,12 @@ def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *argum
 
 
 for _operation, _implementation, _fake in (
-    ("attention_forward", _forward, lambda x, *rest: _forward_outputs(x, rest[0], rest[2])),
-    ("attention_backward", _backward, lambda _, *rest: tuple(_gradient_outputs(rest[:_N_INPUTS], rest[-2]))),
+    ("attention_forward", _forward, lambda x, *rest: tuple(_forward_outputs(x, rest[0], rest[2], _empty_on(x.device)))),
+    ("attention_backward", _backward, lambda _, x, *rest: tuple(
+        _gradient_outputs((x, *rest[: _N_INPUTS - 1]), rest[-2], _empty_on(x.device))
+    )),
 ):
-    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.float64))
+    dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)
     _vmap = functools.partial(_one_by_one, getattr(torch.ops.sabmn_ext, _operation))

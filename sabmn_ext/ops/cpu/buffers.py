@@ -4,8 +4,10 @@ Fresh memory costs a page fault every 4 KB: about as much time as filling it. A 
 again and again, and the last step's are released by then.
 """
 
+import math
 import sys
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,36 +35,46 @@ class _Buffer:
 
 
 class Buffers:
-    """Hands out tensors; knows by their reference counts which ones torch has released."""
+    """Hands out tensors; knows by their reference counts which ones torch has released.
 
-    def __init__(self) -> None:
+    Args:
+        kept_calls: a buffer that so many calls had no use for is given back.
+    """
+
+    def __init__(self, kept_calls: int = KEPT_CALLS) -> None:
+        self._kept_calls = kept_calls
         self._buffers: dict[int, list[_Buffer]] = {}
         self._calls = 0
         self._lock = threading.Lock()
 
     def empty_like(self, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Uninitialised tensors with the shapes and strides of the dense ``tensors``."""
+        return self.empty_strided([(tensor.shape, tensor.stride(), dtype) for tensor in tensors])
+
+    def empty_strided(self, layouts: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> list[Tensor]:
+        """Uninitialised tensors with these shapes, dense strides and dtypes."""
         with self._lock:
             self._calls += 1
-            results = [self._empty_like(tensor, dtype) for tensor in tensors]
+            results = [self._empty_strided(*layout) for layout in layouts]
             self._give_back()
         return results
 
     def __len__(self) -> int:
         return sum(len(buffers) for buffers in self._buffers.values())
 
-    def _empty_like(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        nbytes = tensor.numel() * dtype.itemsize
+    def _empty_strided(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < MIN_BYTES:
-            return torch.empty_like(tensor, dtype=dtype)
+            return torch.empty_strided(shape, stride, dtype=dtype)
         buffers = self._buffers.setdefault(nbytes, [])
         # The longest unused ones come first.
         i = next((i for i, b in enumerate(buffers) if b.is_free()), None)
         buffer = _Buffer(nbytes) if i is None else buffers.pop(i)
         buffers.append(buffer)
         buffer.last_used = self._calls
-        return torch.frombuffer(buffer.bytes, dtype=dtype).as_strided(tensor.shape, tensor.stride())
+        return torch.frombuffer(buffer.bytes, dtype=dtype).as_strided(shape, stride)
 
     def _give_back(self) -> None:
         for nbytes, buffers in self._buffers.items():
-            self._buffers[nbytes] = [b for b in buffers if self._calls - b.last_used < KEPT_CALLS or not b.is_free()]
+            oldest = self._calls - self._kept_calls
+            self._buffers[nbytes] = [b for b in buffers if b.last_used > oldest or not b.is_free()]

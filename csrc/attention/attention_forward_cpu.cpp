@@ -1,0 +1,215 @@
+// Self-attention on the CPU, forward (attention.h has the formulas).
+//
+// Everything is computed in tiles of 64 positions: a tile is [rows][64 lanes], its rows are channels (of x, query, …)
+// or the other positions (of a block of the map), so that one product routine, A·tile, serves every step and all of
+// softmax works on whole vectors. Rows are walked in chunks of 128.
+//   1 per tile: query, key, value          2 per tile of queries: online softmax over the keys, out, y
+// A job writes what is its own in an order that does not depend on the number of threads: results are deterministic.
+
+#include <limits>
+
+#include "attention/exponential.h"
+#include "attention/product.h"
+#include "attention/tiles.h"
+#include "attention/workspace.h"
+
+namespace sabmn {
+namespace SABMN_ISA {
+namespace {
+
+template <typename F>
+struct Projection {
+    const F* weight;   // [rows, C]
+    const void* bias;  // [rows] or null
+    void* result;      // [B, rows, N]
+    int64_t rows;
+    F* chunks;         // the same as the products read it (workspace.h), or null
+};
+
+// query, key and value of a tile.
+template <typename T>
+void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], int64_t image, int64_t first,
+             int64_t count, Arena<Wide<T>> arena) {
+    using F = Wide<T>;
+    const int64_t C = in.sizes.channels, N = in.sizes.positions();
+    F* const tile = arena.take(chunk * lanes);
+    F* const sums = arena.take((parts[0].rows + parts[1].rows + parts[2].rows) * lanes);
+    const Window<T> x(in.x, in.sizes.width, image, first, count);
+    for (int64_t c = 0; c < C; c += chunk) {
+        const int64_t channels = smaller(chunk, C - c);
+        x.load(c, channels, tile);
+        F* to = sums;
+        for (const auto& part : parts) {
+            product(part.rows, count, channels, Left<F>{part.weight + c, C, 1}, tile, lanes, to, lanes, c > 0);
+            to += part.rows * lanes;
+        }
+    }
+    F* from = sums;
+    for (const auto& part : parts) {
+        if (const T* const bias = static_cast<const T*>(part.bias))
+            each_vector<F>(part.rows, count, [=](int64_t row, int64_t, int64_t at) {
+                vector_at(from + at) += widen(bias[row]);
+            });
+        T* const result = static_cast<T*>(part.result) + image * part.rows * N + first;
+        store_tile<T>(from, part.rows, N, count, result);
+        if (part.chunks) {  // read back, rounded to T as the backward pass will find it
+            const AttentionChunks cut(in.sizes);
+            load_tile<T>(result, part.rows, N, count, part.chunks + cut.at(image, part.rows, first), cut.positions,
+                         count);
+        }
+        from += part.rows * lanes;
+    }
+}
+
+// The running softmax of a tile of queries.
+template <typename F>
+struct Softmax {
+    F maximum[lanes], total[lanes];
+};
+
+// map[key][query]: logits become exponentials of their distance to the maximum so far; out, if there is one already, is
+// corrected for a maximum that has grown.
+template <typename F>
+void online_softmax(int64_t keys, int64_t count, F* map, Softmax<F>& softmax, int64_t rows, F* out, bool first) {
+    constexpr int group = 4;  // vectors at a time: one chain of maxima would wait for itself
+    constexpr int64_t width = vector_lanes<F>;
+    for (int64_t lane = 0; lane < count; lane += group * width) {
+        Vector<F> before[group], most[group], sum[group] = {};
+        // The lowest start is finite: a row that begins with logits of −∞ is as good as any other.
+        for (int i = 0; i < group; ++i)
+            most[i] = before[i] = first ? Vector<F>{} + std::numeric_limits<F>::lowest() / 2
+                                        : vector_at(softmax.maximum + lane + i * width);
+        for (int64_t row = 0; row < keys; ++row)
+            for (int i = 0; i < group; ++i) {
+                const Vector<F> logit = vector_at(map + row * lanes + lane + i * width);
+                most[i] = logit > most[i] ? logit : most[i];
+            }
+        for (int64_t row = 0; row < keys; ++row)
+            for (int i = 0; i < group; ++i) {
+                Vector<F>& entry = vector_at(map + row * lanes + lane + i * width);
+                entry = exponential<F>(entry - most[i]);
+                sum[i] += entry;
+            }
+        for (int i = 0; i < group; ++i) {
+            const int64_t at = lane + i * width;
+            if (!first) {
+                const Vector<F> correction = exponential<F>(before[i] - most[i]);
+                sum[i] += vector_at(softmax.total + at) * correction;
+                for (int64_t row = 0; row < rows; ++row) vector_at(out + row * lanes + at) *= correction;
+            }
+            vector_at(softmax.maximum + at) = most[i];
+            vector_at(softmax.total + at) = sum[i];
+        }
+    }
+}
+
+// out, lse and y of a tile of queries.
+template <typename T>
+void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys, const Wide<T>* values,
+            const Image& y, int64_t image, int64_t first, int64_t count, Arena<Wide<T>> arena) {
+    using F = Wide<T>;
+    const int64_t N = in.sizes.positions(), C = in.sizes.channels, dk = in.sizes.key_width, dv = in.sizes.value_width;
+    F* const map = arena.take(chunk * lanes);  // [keys of a chunk][queries]
+    F* const query = arena.take(dk * lanes);
+    F* const out = arena.take(dv * lanes);
+    const AttentionChunks cut(in.sizes);
+    const Window<T> x(in.x, in.sizes.width, image, first, count), to(y, in.sizes.width, image, first, count);
+    Softmax<F> softmax;
+    load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count, query);
+    for (int64_t i = 0; i < N; i += chunk) {
+        const int64_t part = smaller(chunk, N - i), soon = C * i / N, later = C * (i + part) / N;
+        x.template prefetch<0>(soon, later - soon);
+        to.template prefetch<1>(soon, later - soon);
+        const F* const key = keys + cut.at(image, dk, i);
+        const F* const value = values + cut.at(image, dv, i);
+        product(part, count, dk, Left<F>{key, 1, cut.positions}, query, lanes, map, lanes, false);
+        online_softmax(part, count, map, softmax, dv, out, i == 0);
+        product(dv, count, part, Left<F>{value, cut.positions, 1}, map, lanes, out, lanes, i > 0);
+    }
+    each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) {
+        vector_at(out + at) /= vector_at(softmax.total + lane);
+    });
+    store_tile<T>(out, dv, N, count, static_cast<T*>(in.out) + image * dv * N + first);
+    F* const lse = static_cast<F*>(in.lse) + image * 2 * N + first;
+    for (int64_t lane = 0; lane < count; ++lane) {
+        lse[lane] = softmax.maximum[lane];
+        lse[N + lane] = static_cast<F>(__builtin_log(softmax.total[lane]));
+    }
+
+    F* const tile = map;
+    const F gamma = *static_cast<const F*>(in.gamma);
+    each_vector<F>(dv, count, [=](int64_t, int64_t, int64_t at) { vector_at(out + at) *= gamma; });
+    for (int64_t c = 0; c < C; c += chunk) {
+        const int64_t channels = smaller(chunk, C - c);
+        x.load(c, channels, tile);
+        if (w_out)
+            product(channels, count, dv, Left<F>{w_out + c * dv, dv, 1}, out, lanes, tile, lanes, true);
+        else
+            each_vector<F>(channels, count, [=](int64_t, int64_t, int64_t at) {
+                vector_at(tile + at) += vector_at(out + c * lanes + at);
+            });
+        if (const T* const bias = static_cast<const T*>(in.b_out))
+            each_vector<F>(channels, count, [=](int64_t row, int64_t, int64_t at) {
+                vector_at(tile + at) += gamma * widen(bias[c + row]);
+            });
+        to.store(c, channels, tile);
+    }
+}
+
+template <typename T>
+Status forward(const AttentionInputs& in, const Image& y) {
+    using F = Wide<T>;
+    const AttentionSizes& sizes = in.sizes;
+    const int64_t C = sizes.channels, dk = sizes.key_width, dv = sizes.value_width;
+    const int64_t per_thread = attention_thread_workspace(sizes);
+    F* const scratch = static_cast<F*>(in.workspace);
+    Arena<F> shared{scratch + in.threads * per_thread};
+    const AttentionChunks cut(sizes);
+    F* const keys = shared.take(cut.elements(sizes.batch, dk));
+    F* const values = shared.take(cut.elements(sizes.batch, dv));
+    const Projection<F> parts[] = {
+        {wide_weights<T>(in, in.w_query, dk, C, shared), in.b_query, in.query, dk, nullptr},
+        {wide_weights<T>(in, in.w_key, dk, C, shared), in.b_key, in.key, dk, keys},
+        {wide_weights<T>(in, in.w_value, dv, C, shared), in.b_value, in.value, dv, values}};
+    const F* const w_out = wide_weights<T>(in, in.w_out, C, dv, shared);
+    each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+        project<T>(in, parts, image, first, count, arena);
+    });
+    each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+        attend<T>(in, w_out, keys, values, y, image, first, count, arena);
+    });
+    return ok;
+}
+
+template <typename F>
+Status exponentials(const void* x, void* result, int64_t count) {
+    F from[64] = {}, to[64];
+    for (int64_t i = 0; i < count; i += 64) {
+        const int64_t part = smaller(64, count - i);
+        __builtin_memcpy(from, static_cast<const F*>(x) + i, part * sizeof(F));
+        for (int64_t at = 0; at < 64; at += vector_lanes<F>) vector_at(to + at) = exponential<F>(vector_at(from + at));
+        __builtin_memcpy(static_cast<F*>(result) + i, to, part * sizeof(F));
+    }
+    return ok;
+}
+
+}  // namespace
+
+Status attention_forward(const AttentionInputs& inputs, const Image& y) {
+    switch (inputs.dtype) {
+        case DType::float32: return forward<float>(inputs, y);
+        case DType::float64: return forward<double>(inputs, y);
+        case DType::bfloat16: return forward<BFloat16>(inputs, y);
+        case DType::float16: return forward<Float16>(inputs, y);
+    }
+    return unsupported_dtype;
+}
+
+Status attention_exponential(DType dtype, const void* x, void* result, int64_t count) {
+    if (dtype == DType::float32) return exponentials<float>(x, result, count);
+    if (dtype == DType::float64) return exponentials<double>(x, result, count);
+    return unsupported_dtype;
+}
+
+}  // namespace SABMN_ISA
+}  // namespace sabmn

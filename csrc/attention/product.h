@@ -1,0 +1,123 @@
+// The one product routine of self-attention: C (+)= A·B, with A read number by number and B by vectors.
+//
+// A block of C is block_rows × block_vectors vectors of sums in registers (6 × 4 of 32 with AVX-512, 6 × 2 of 16
+// otherwise). A step of the depth loads block_vectors vectors and block_rows numbers for their product of
+// multiply-adds: 10 loads for 24 of them, where the processor can make one for each.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/simd.h"
+
+namespace sabmn {
+namespace SABMN_ISA {
+
+constexpr int block_rows = 6, block_vectors = vector_bytes == 64 ? 4 : 2;
+constexpr std::int64_t product_depth = 128;  // longer sums are added up in parts of so many terms
+
+// a(row, k) = data[row·row_stride + k·step].
+template <typename T>
+struct Left {
+    const T* data;
+    std::int64_t row_stride, step;
+    Left at(std::int64_t row, std::int64_t k) const {
+        return {data + row * row_stride + k * step, row_stride, step};
+    }
+};
+
+// Summed from 0 and then added to c, so that a large c costs one rounding only.
+template <int rows, int vectors, typename T>
+static inline void product_block(std::int64_t depth, Left<T> a, const T* b, std::int64_t b_row, T* c,
+                                 std::int64_t c_row, bool add) {
+    constexpr int width = vector_lanes<T>;
+    Vector<T> sums[rows][vectors] = {};
+#pragma GCC unroll 4
+    for (std::int64_t k = 0; k < depth; ++k, a.data += a.step, b += b_row) {
+        Vector<T> right[vectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) right[j] = vector_at(b + j * width);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; ++row) {
+            const T factor = a.data[row * a.row_stride];
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; ++j) sums[row][j] += factor * right[j];
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; ++row, c += c_row) {
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j)
+            vector_at(c + j * width) = add ? vector_at(c + j * width) + sums[row][j] : sums[row][j];
+    }
+}
+
+template <int vectors, typename T>
+static void product_columns(std::int64_t rows, std::int64_t depth, Left<T> a, const T* b, std::int64_t b_row, T* c,
+                            std::int64_t c_row, bool add) {
+    std::int64_t row = 0;
+    const auto block = [&](auto height) {
+        product_block<height.value, vectors>(depth, a.at(row, 0), b, b_row, c + row * c_row, c_row, add);
+        row += height.value;
+    };
+    while (row < rows) {
+        // What is left after the full blocks is split in two, since low blocks wait for their own sums.
+        const std::int64_t left = rows - row;
+        const std::int64_t height = left >= 2 * block_rows || left == block_rows ? block_rows
+                                    : left > block_rows                          ? (left + 1) / 2
+                                                                                 : left;
+        switch (height) {
+            case 6: block(std::integral_constant<int, 6>{}); break;
+            case 5: block(std::integral_constant<int, 5>{}); break;
+            case 4: block(std::integral_constant<int, 4>{}); break;
+            case 3: block(std::integral_constant<int, 3>{}); break;
+            case 2: block(std::integral_constant<int, 2>{}); break;
+            default: block(std::integral_constant<int, 1>{});
+        }
+    }
+}
+
+// c[rows][columns] (+)= a[rows][depth] · b[depth][columns]; rows of b and c are b_row and c_row apart. Columns are
+// computed in whole vectors: b and c are that wide.
+template <typename T>
+static void product(std::int64_t rows, std::int64_t columns, std::int64_t depth, Left<T> a, const T* b,
+                    std::int64_t b_row, T* c, std::int64_t c_row, bool add) {
+    constexpr std::int64_t width = vector_lanes<T>;
+    for (std::int64_t k = 0; k < depth; k += product_depth, add = true) {
+        const std::int64_t part = depth - k < product_depth ? depth - k : product_depth;
+        for (std::int64_t column = 0; column < columns;) {
+            const std::int64_t vectors = (columns - column + width - 1) / width;
+            const T* right = b + k * b_row + column;
+            const auto run = [&](auto count) {
+                product_columns<count.value>(rows, part, a.at(0, k), right, b_row, c + column, c_row, add);
+                column += count.value * width;
+            };
+            if constexpr (block_vectors == 4) {
+                if (vectors >= 4) { run(std::integral_constant<int, 4>{}); continue; }
+                if (vectors == 3) { run(std::integral_constant<int, 3>{}); continue; }
+            }
+            if (vectors >= 2) run(std::integral_constant<int, 2>{});
+            else run(std::integral_constant<int, 1>{});
+        }
+    }
+}
+
+// sums[lane] = Σ over rows of a·b, added up exactly as product() does it: where a row of the map is one-hot, its
+// gradient of the map less this sum is then 0, not rounding noise times a large logit's gradient.
+template <typename T>
+static void row_dots(std::int64_t rows, std::int64_t columns, const T* a, const T* b, std::int64_t row_length,
+                     T* sums) {
+    for (std::int64_t lane = 0; lane < columns; lane += vector_lanes<T>) {
+        Vector<T> total = {};
+        for (std::int64_t row = 0; row < rows; row += product_depth) {
+            Vector<T> sum = {};
+            for (std::int64_t k = row; k < rows && k < row + product_depth; ++k)
+                sum += vector_at(a + k * row_length + lane) * vector_at(b + k * row_length + lane);
+            total = row ? total + sum : sum;
+        }
+        vector_at(sums + lane) = total;
+    }
+}
+
+}  // namespace SABMN_ISA
+}  // namespace sabmn

@@ -1,0 +1,208 @@
+// Tiles of self-attention: [rows][64 lanes], a lane is a position of one image. Reading and writing them from and to
+// images and matrices, conversion from 16-bit types included. A position that does not exist is a lane of zeros.
+#pragma once
+
+#include <omp.h>
+
+#include "attention/attention.h"
+#include "common/half.h"
+#include "common/simd.h"
+
+namespace sabmn {
+namespace SABMN_ISA {
+
+constexpr std::int64_t lanes = attention_lanes, chunk = attention_chunk;
+
+static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+static inline std::int64_t blocks_of(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
+
+// Calls f(row, lane, offset in the tile) for each vector of the first `columns` lanes of a tile's rows.
+template <typename T, typename F>
+static inline void each_vector(std::int64_t rows, std::int64_t columns, F f) {
+    for (std::int64_t row = 0; row < rows; ++row)
+        for (std::int64_t lane = 0; lane < columns; lane += vector_lanes<T>) f(row, lane, row * lanes + lane);
+}
+
+// to[0 … count) = from, converted. T is an element type, Wide<T> what is computed in.
+template <typename T>
+static inline void read_row(const T* from, std::int64_t count, Wide<T>* to) {
+    if (count == lanes)  // a constant count makes a handful of vector moves
+        for (std::int64_t i = 0; i < lanes; ++i) to[i] = widen(from[i]);
+    else
+        for (std::int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+template <typename T>
+static inline void write_row(const Wide<T>* from, std::int64_t count, T* to) {
+    if (count == lanes)
+        for (std::int64_t i = 0; i < lanes; ++i) narrow(from[i], to[i]);
+    else
+        for (std::int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
+}
+
+// tile[row][i] = matrix[row][i] for i < count, then zeros up to `filled`; rows are row_length and tile_row apart. And
+// back.
+template <typename T>
+static void load_tile(const T* matrix, std::int64_t rows, std::int64_t row_length, std::int64_t count, Wide<T>* tile,
+                      std::int64_t tile_row = lanes, std::int64_t filled = lanes) {
+    for (std::int64_t row = 0; row < rows; ++row, matrix += row_length, tile += tile_row) {
+        read_row(matrix, count, tile);
+        for (std::int64_t i = count; i < filled; ++i) tile[i] = 0;
+    }
+}
+template <typename T>
+static void store_tile(const Wide<T>* tile, std::int64_t rows, std::int64_t row_length, std::int64_t count, T* matrix) {
+    for (std::int64_t row = 0; row < rows; ++row, matrix += row_length, tile += lanes) write_row(tile, count, matrix);
+}
+
+// to[column][row] = from(row)[column], for row < rows and column < columns; from(row) is the row's address.
+template <typename T, typename From>
+static inline void transpose(std::int64_t rows, std::int64_t columns, From from, T* to, std::int64_t to_row) {
+    constexpr std::int64_t width = vector_lanes<T>;
+    std::int64_t row = 0;
+    for (; row + width <= rows; row += width) {
+        std::int64_t column = 0;
+        for (; column + width <= columns; column += width) {
+            Vector<T> square[width];
+#pragma GCC unroll 16
+            for (int i = 0; i < width; ++i) square[i] = vector_at(from(row + i) + column);
+            transpose_square<T>(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < width; ++i) vector_at(to + (column + i) * to_row + row) = square[i];
+        }
+        for (; column < columns; ++column)
+            for (std::int64_t i = 0; i < width; ++i) to[column * to_row + row + i] = from(row + i)[column];
+    }
+    for (; row < rows; ++row)
+        for (std::int64_t column = 0; column < columns; ++column) to[column * to_row + row] = from(row)[column];
+}
+
+// Up to `chunk` consecutive positions of one image.
+template <typename T>
+struct Window {
+    using F = Wide<T>;
+    T* base;
+    std::int64_t channel_stride, count, offset[chunk];
+    bool uniform = true;  // the positions are the same distance apart
+
+    Window(const Image& image, std::int64_t width, std::int64_t batch, std::int64_t first, std::int64_t positions)
+        : base(static_cast<T*>(image.data) + batch * image.batch_stride),
+          channel_stride(image.channel_stride),
+          count(positions) {
+        std::int64_t row = first / width, column = first % width;
+        for (std::int64_t lane = 0; lane < count; ++lane) {
+            offset[lane] = row * image.height_stride + column * image.width_stride;
+            uniform = uniform && offset[lane] - offset[0] == lane * step();
+            if (++column == width) column = 0, ++row;
+        }
+    }
+
+    std::int64_t step() const { return count > 1 ? offset[1] - offset[0] : 1; }
+    bool contiguous() const { return uniform && step() == 1; }
+
+    // tile[channel][lane], rows of `width` ≥ count, zeros after the last position.
+    void load(std::int64_t first_channel, std::int64_t channels, F* tile, std::int64_t width = lanes) const {
+        const T* const from = base + first_channel * channel_stride;
+        if (contiguous()) return load_tile<T>(from + offset[0], channels, channel_stride, count, tile, width, width);
+        if constexpr (sizeof(T) == sizeof(F)) {
+            if (channel_stride == 1) {
+                transpose<F>(count, channels, [=](std::int64_t lane) { return from + offset[lane]; }, tile, width);
+                return clear_after(channels, tile, width);
+            }
+        }
+        if (channel_stride == 1) {
+            F row[lanes];
+            for (std::int64_t lane = 0; lane < count; ++lane)
+                for (std::int64_t c = 0; c < channels; c += lanes) {
+                    const std::int64_t part = smaller(lanes, channels - c);
+                    read_row(from + offset[lane] + c, part, row);
+                    for (std::int64_t i = 0; i < part; ++i) tile[(c + i) * width + lane] = row[i];
+                }
+        } else {
+            for (std::int64_t channel = 0; channel < channels; ++channel)
+                for (std::int64_t lane = 0; lane < count; ++lane)
+                    tile[channel * width + lane] = widen(from[channel * channel_stride + offset[lane]]);
+        }
+        clear_after(channels, tile, width);
+    }
+
+    void store(std::int64_t first_channel, std::int64_t channels, const F* tile) const {
+        T* const to = base + first_channel * channel_stride;
+        if (contiguous()) return store_tile<T>(tile, channels, channel_stride, count, to + offset[0]);
+        if (channel_stride == 1) {
+            F rows[lanes * lanes];  // [lane][channel]
+            for (std::int64_t c = 0; c < channels; c += lanes) {
+                const std::int64_t part = smaller(lanes, channels - c);
+                const F* const from = tile + c * lanes;
+                transpose<F>(part, count, [=](std::int64_t channel) { return from + channel * lanes; }, rows, lanes);
+                for (std::int64_t lane = 0; lane < count; ++lane)
+                    write_row(rows + lane * lanes, part, to + offset[lane] + c);
+            }
+        } else {
+            for (std::int64_t channel = 0; channel < channels; ++channel)
+                for (std::int64_t lane = 0; lane < count; ++lane)
+                    narrow(tile[channel * lanes + lane], to[channel * channel_stride + offset[lane]]);
+        }
+    }
+
+    // Brings channels nearer, to be read (or written) soon: their lines lie too far apart for the processor to foresee.
+    template <int write>
+    void prefetch(std::int64_t first_channel, std::int64_t channels) const {
+        const T* from = base + first_channel * channel_stride + offset[0];
+        if (!contiguous()) return;
+        for (std::int64_t channel = 0; channel < channels; ++channel, from += channel_stride)
+            for (std::int64_t at = 0; at < count; at += 64 / static_cast<std::int64_t>(sizeof(T)))
+                __builtin_prefetch(from + at, write, 2);
+    }
+
+private:
+    void clear_after(std::int64_t channels, F* tile, std::int64_t width) const {
+        for (std::int64_t channel = 0; channel < channels; ++channel)
+            for (std::int64_t lane = count; lane < width; ++lane) tile[channel * width + lane] = 0;
+    }
+};
+
+// Hands out pieces of a block of memory, one after the other, each on a cache line of its own.
+template <typename T>
+struct Arena {
+    T* next;
+    T* take(std::int64_t elements) {
+        T* const piece = next;
+        next += blocks_of(elements, 16) * 16;
+        return piece;
+    }
+};
+
+// Calls f(job, this thread's scratch memory) for every job, over the threads.
+template <typename F, typename Body>
+static void each_job(const AttentionInputs& in, F* scratch, std::int64_t scratch_of_thread, std::int64_t jobs,
+                     Body body) {
+#pragma omp parallel for num_threads(in.threads) schedule(dynamic)
+    for (std::int64_t job = 0; job < jobs; ++job)
+        body(job, Arena<F>{scratch + omp_get_thread_num() * scratch_of_thread});
+}
+
+// Calls f(image, first position, positions, scratch) for every tile of positions.
+template <typename F, typename Body>
+static void each_tile(const AttentionInputs& in, F* scratch, std::int64_t scratch_of_thread, Body body) {
+    const std::int64_t positions = in.sizes.positions(), tiles = blocks_of(positions, lanes);
+    each_job(in, scratch, scratch_of_thread, in.sizes.batch * tiles, [&](std::int64_t job, Arena<F> arena) {
+        const std::int64_t first = job % tiles * lanes;
+        body(job / tiles, first, smaller(lanes, positions - first), arena);
+    });
+}
+
+// The weights [rows][columns] in what is computed in: where they stand, or a copy in `memory`.
+template <typename T>
+static const Wide<T>* wide_weights(const AttentionInputs& in, const void* weights, std::int64_t rows,
+                                   std::int64_t columns, Arena<Wide<T>>& memory) {
+    if (!weights) return nullptr;
+    const T* const from = static_cast<const T*>(weights);
+    if constexpr (sizeof(T) == sizeof(Wide<T>)) return from;
+    Wide<T>* const to = memory.take(rows * columns);
+#pragma omp parallel for num_threads(in.threads)
+    for (std::int64_t row = 0; row < rows; ++row) read_row(from + row * columns, columns, to + row * columns);
+    return to;
+}
+
+}  // namespace SABMN_ISA
+}  // namespace sabmn
