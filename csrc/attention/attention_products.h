@@ -1,0 +1,92 @@
+// Builds the matrix products of the attention from its tensors, and launches them. For host code of the CUDA part.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/attention_cuda.h"
+#include "attention/attention_product_kernels.cuh"
+
+namespace sabmn {
+namespace {
+
+using std::int64_t;
+
+template <typename... Numbers>
+bool multiples_of(int64_t unit, Numbers... numbers) {
+    return (... && (static_cast<int64_t>(numbers) % unit == 0));
+}
+
+inline bool aligned(int64_t bytes, const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0; }
+
+inline bool channels_last(const AttentionMap& map) { return map.channel_stride == 1 && map.position_stride != 1; }
+
+// Of `parts` a [rows, sum] matrix with these strides; images are batch_strides apart.
+inline void add_part(ProductOperand& operand, int part, const void* data, int64_t batch_stride, int64_t row_stride,
+                     int64_t sum_stride) {
+    operand.parts[part] = data;
+    operand.batch_strides[part] = batch_stride;
+    operand.row_stride = row_stride, operand.sum_stride = sum_stride;
+    operand.along_sum = sum_stride == 1 && row_stride != 1;
+    const bool side_by_side = operand.along_sum || row_stride == 1;
+    const bool vectors = side_by_side && aligned(16, data) &&
+                         multiples_of(8, batch_stride, operand.along_sum ? row_stride : sum_stride);
+    operand.vectors = vectors && (part == 0 || operand.vectors);
+}
+
+// One that has columns from an [B, rows, N] tensor.
+inline Result plain_result(void* data, int64_t rows, int64_t columns, const void* bias) {
+    Result result{};
+    result.data = data;
+    result.batch_stride = rows * columns, result.row_stride = columns, result.column_stride = 1;
+    result.bias = bias, result.bias_of_rows = true;
+    result.pairs = multiples_of(2, columns) && aligned(4, data);
+    return result;
+}
+
+// y = scale (· + bias) + residual, transposed where y is channels_last.
+inline Result map_result(const AttentionMap& y, const AttentionMap& residual, int64_t channels, int64_t positions,
+                         const void* bias, const float* scale) {
+    const bool last = channels_last(y);
+    Result result{};
+    result.data = y.data, result.residual = residual.data;
+    result.batch_stride = y.batch_stride, result.residual_batch_stride = residual.batch_stride;
+    result.row_stride = last ? y.position_stride : y.channel_stride;
+    result.column_stride = last ? y.channel_stride : y.position_stride;
+    result.residual_row_stride = last ? residual.position_stride : residual.channel_stride;
+    result.residual_column_stride = last ? residual.channel_stride : residual.position_stride;
+    result.bias = bias, result.bias_of_rows = !last, result.scale = scale;
+    result.pairs = result.column_stride == 1 && result.residual_column_stride == 1 && aligned(4, y.data) &&
+                   aligned(4, residual.data) &&
+                   multiples_of(2, y.batch_stride, result.row_stride, residual.batch_stride, result.residual_row_stride,
+                                last ? channels : positions);
+    return result;
+}
+
+// The products' blocks in z: images, or groups of them where the sum goes over images.
+template <typename T>
+cudaError_t launch_products(const Products& products, int count, int blocks, cudaStream_t stream) {
+    int rows = 0, columns = 0;
+    for (int i = 0; i < count; ++i) {
+        rows += ceil_div(products.product[i].row_ends[max_parts - 1], product_side);
+        columns = std::max(columns, ceil_div(products.product[i].columns, product_side));
+    }
+    return launch(attention_product_kernel<T>, dim3(columns, rows, blocks), product_threads, product_shared_bytes, stream,
+                  products);
+}
+
+// A product of every image by itself.
+template <typename T>
+cudaError_t launch_product(Product product, int64_t batch, cudaStream_t stream) {
+    product.batch = static_cast<int>(batch), product.images_per_block = 1;
+    Products products{};
+    products.product[0] = product;
+    products.first_blocks = ceil_div(product.row_ends[max_parts - 1], product_side);
+    return launch_products<T>(products, 1, static_cast<int>(batch), stream);
+}
+
+inline void set_rows(Product& product, int first, int second = 0, int third = 0) {
+    product.row_ends[0] = first, product.row_ends[1] = first + second, product.row_ends[2] = first + second + third;
+}
+
+}  // namespace
+}  // namespace sabmn
