@@ -33,4 +33,21 @@ struct AttentionCuda {
 // Fills query, key, value, out, lse and y.
 int attention_forward_cuda(const AttentionCuda& arguments, const AttentionMap& y, void* stream);
 
+// The gradients; those that are null are not wanted. Those of the biases are the sums of grad_query and grad_value over images
+// and positions, and gamma times that of grad_y; a key bias has none.
+struct AttentionCudaGradients {
+    AttentionMap grad_y, grad_x;
+    void *w_query, *w_key, *w_value, *w_out;
+    float* gamma;
+    void* context;                                // [B, value width, N]: w_out^T grad_y; given where there is no w_out
+    void *grad_query, *grad_key, *grad_value;     // as query, key and value; always filled
+};
+
+// In bytes; to be aligned to 256.
+std::int64_t attention_backward_cuda_workspace(std::int64_t batch, std::int64_t channels, std::int64_t positions,
+                                               std::int64_t key_width, std::int64_t value_width, bool w_out);
+
+int attention_backward_cuda(const AttentionCuda& arguments, const AttentionCudaGradients& gradients, void* workspace,
+                            void* stream);
+
 }  // namespace sabmn

@@ -64,8 +64,7 @@ cudaError_t attend(const AttentionCuda& in, const AttentionMap& y, cudaStream_t 
 template <typename T>
 cudaError_t forward(const AttentionCuda& in, const AttentionMap& y, cudaStream_t stream) {
     if (const cudaError_t status = project<T>(in, stream); status != cudaSuccess) return status;
-    const auto attend_in = in.value_width <= 32    ? attend<T, 32>
-                           : in.value_width <= 64  ? attend<T, 64>
+    const auto attend_in = in.value_width <= 64    ? attend<T, 64>
                            : in.value_width <= 128 ? attend<T, 128>
                                                    : attend<T, 256>;
     const cudaError_t status = attend_in(in, y, stream);
@@ -77,11 +76,7 @@ cudaError_t forward(const AttentionCuda& in, const AttentionMap& y, cudaStream_t
 
 int attention_forward_cuda(const AttentionCuda& in, const AttentionMap& y, void* stream) {
     if (in.dtype != DType::bfloat16 && in.dtype != DType::float16) return unsupported_dtype;
-    constexpr int64_t max_side = 1 << 24, max_batch = 65535;
-    if (std::max({in.channels, in.positions, in.key_width, in.value_width}) > max_side || in.batch > max_batch ||
-        in.batch * ceil_div(in.positions, warp_size) > INT32_MAX) {
-        return unsupported_size;
-    }
+    if (!supported_size(in)) return unsupported_size;
     if (in.batch == 0 || in.positions == 0) return ok;
     const auto work = in.dtype == DType::bfloat16 ? forward<bf16> : forward<f16>;
     const cudaError_t status = work(in, y, static_cast<cudaStream_t>(stream));

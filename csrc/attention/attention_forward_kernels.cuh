@@ -6,8 +6,8 @@
 // live in registers; out is stored for the backward pass, and used from where it is. Up to 128 keys the softmax is exact at
 // once; beyond, it is corrected whenever a row's maximum grows (Milakov and Gimelshein, 2018).
 //
-// `width` is how many value channels a block holds, 32, 64, 128 or 256: a template, for registers must be known. Wider
-// values are done in slices by different blocks, which compute the logits again and leave w_out to attention_product_kernel.
+// `width` is how many value channels a block has registers for, 64, 128 or 256; what is not needed of them is skipped, 16
+// channels at a time. Wider values are done in slices by different blocks, which compute the logits again and leave w_out to attention_product_kernel.
 // The width of queries and keys is free.
 #pragma once
 
@@ -49,7 +49,7 @@ template <typename T, int width>
 __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width>::blocks_per_sm)
     attention_forward_kernel(SABMN_GRID_CONSTANT(ForwardArguments) arguments) {
     constexpr int queries = ForwardPlan<width>::queries, keys = forward_keys, panel = forward_panel;
-    constexpr int value_rows = width < panel ? width : panel, value_panels = width / value_rows;
+    constexpr int value_panels = width / panel;
     constexpr int w_rows = 64, w_depth = width < 128 ? width : 128, w_panels = width / w_depth;
     SABMN_DYNAMIC_SHARED(T, shared);
 
@@ -75,38 +75,27 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
     const auto query_slot = [&](int tile, int p) {
         return shared + (keeps_queries ? p : (tile * key_panels + p) % forward_query_slots) * panel * queries;
     };
-    // A panel: `rows` rows of the tile, of which `filled` are there, `stride` apart, with `size` elements each.
-    struct Panel {
-        const T* data;
-        std::int64_t stride;
-        int rows, filled, size, chunks;
-        bool vectors;
-    };
-    const auto copy = [](T* to, const Panel& from) {
-        copy_tile(to, from.chunks, from.rows, 1, from.vectors, [&](int i) {
-            return Row<T>{i < from.filled ? from.data + i * from.stride : nullptr, from.size};
-        });
-    };
     const auto fetch = [&](int step) {
-        Panel from;
+        Panel<T> from;
         if (step < attention_steps) {
             const int tile = step / tile_steps, p = step % tile_steps;
             const bool is_key = p < key_panels;
             const int first = (is_key ? p : p - key_panels) * panel, left = (is_key ? key_width : values) - first;
-            const int rows = is_key ? min(ceil_div(left, 16) * 16, panel) : value_rows;
+            const int rows = min(ceil_div(max(left, 0), 16) * 16, panel);
             const std::int64_t offset = static_cast<std::int64_t>(first) * positions;
-            from = {(is_key ? key : value) + offset + tile * keys, positions, rows, left, positions - tile * keys, keys / 8,
-                    arguments.vectors};
             if (is_key && (tile == 0 || !keeps_queries)) {
-                copy(query_slot(tile, p), {query + offset + first_query, positions, rows, left, positions - first_query,
-                                           queries / 8, arguments.vectors});
+                const Panel<T> own = {query + offset + first_query, positions, queries / 8, rows, left,
+                                      positions - first_query, arguments.vectors};
+                own.copy_to(query_slot(tile, p));
             }
+            from = {(is_key ? key : value) + offset + tile * keys, positions, keys / 8, rows, left, positions - tile * keys,
+                    arguments.vectors};
         } else {
             const int p = step - attention_steps, channel = p / w_panels * w_rows, first = p % w_panels * w_depth;
-            from = {w_out + static_cast<std::int64_t>(channel) * values + first, values, w_rows, channels - channel,
-                    values - first, w_depth / 8, arguments.w_vectors};
+            from = {w_out + static_cast<std::int64_t>(channel) * values + first, values, w_depth / 8, w_rows,
+                    channels - channel, values - first, arguments.w_vectors};
         }
-        if (step < steps) copy(ring + step % forward_stages * forward_panel_elements, from);
+        if (step < steps) from.copy_to(ring + step % forward_stages * forward_panel_elements);
         cp_async_commit();
     };
     int step = 0;
@@ -126,6 +115,7 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
         for (int p = 0; p < key_panels; ++p) {
             const T *const key_panel = next_panel(), *const query_panel = query_slot(tile, p);
             const int depth = min(key_width - p * panel, panel);
+#pragma unroll 1  // or the operands fetched ahead take too many registers
             for (int k = 0; k < depth; k += 16) {
                 Operand a, b;
                 load_operand<queries / 8, true>(a, query_panel, warp_query, k);
@@ -192,10 +182,11 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
             for (int j = 0; j < keys / 16; ++j) {
                 if (16 * j >= left) break;
 #pragma unroll
-                for (int i = 0; i < value_rows / 16; ++i) {
+                for (int i = 0; i < panel / 16; ++i) {
+                    if (p * panel + 16 * i >= values) break;
                     Operand b;
                     load_operand<keys / 8, false>(b, value_panel, 16 * i, 16 * j);
-                    multiply<T>(out[p * (value_rows / 16) + i], powers[j], b);
+                    multiply<T>(out[p * (panel / 16) + i], powers[j], b);
                 }
             }
         }
@@ -226,20 +217,8 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
 #pragma unroll
     for (int i = 0; i < width / 16; ++i) {
         if (16 * i >= values) break;
-        Operand turned;  // rows are value channels
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            turned[e] = transpose_8x8(rounded[i][e]);
-            const int channel = 16 * i + e / 2 * 8 + lane / 4, q = row + e % 2 * 8 + lane % 4 * 2;
-            if (channel >= values || q >= positions) continue;
-            T* const to = out_data + static_cast<std::int64_t>(channel) * positions + q;
-            if (arguments.out_pairs) {
-                *reinterpret_cast<std::uint32_t*>(to) = turned[e];
-            } else {
-                to[0].bits = static_cast<std::uint16_t>(turned[e]);
-                if (q + 1 < positions) to[1].bits = static_cast<std::uint16_t>(turned[e] >> 16);
-            }
-        }
+        Operand turned;
+        store_turned(out_data, values, positions, 16 * i, row, arguments.out_pairs, rounded[i], turned);
         if (!w_out && arguments.writes_y) {  // y = gamma out + x
             Operand residual;
             Block block;
@@ -274,6 +253,7 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
             const T* const w_panel = next_panel();
 #pragma unroll
             for (int i = 0; i < w_depth / 16; ++i) {
+                if (p * w_depth + 16 * i >= values) break;
 #pragma unroll
                 for (int j = 0; j < w_rows / 16; ++j) {
                     Operand w;

@@ -163,14 +163,14 @@ __global__ void __launch_bounds__(product_threads, product_blocks_per_sm)
             const int begin = part ? product.row_ends[part - 1] : 0, end = product.row_ends[product.stacked ? part : max_parts - 1];
             if (row + 16 <= begin || row >= end) continue;
             const BlockResult<T> result{product.results[part], blockIdx.z, end - begin, columns};
-            Operand residual[4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                result.load_residual(residual[j], row - begin, first_column + warp_column + 16 * j);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                result.store(sums[i][j], residual[j], row - begin, first_column + warp_column + 16 * j);
+            for (int j = 0; j < 4; j += 2) {  // more residuals at once would take too many registers
+                Operand residual[2];
+                const int column = first_column + warp_column + 16 * j;
+                result.load_residual(residual[0], row - begin, column);
+                result.load_residual(residual[1], row - begin, column + 16);
+                result.store(sums[i][j], residual[0], row - begin, column);
+                result.store(sums[i][j + 1], residual[1], row - begin, column + 16);
             }
         }
     }

@@ -26,7 +26,7 @@ inline void add_part(ProductOperand& operand, int part, const void* data, int64_
     operand.parts[part] = data;
     operand.batch_strides[part] = batch_stride;
     operand.row_stride = row_stride, operand.sum_stride = sum_stride;
-    operand.along_sum = sum_stride == 1 && row_stride != 1;
+    operand.along_sum = sum_stride == 1;
     const bool side_by_side = operand.along_sum || row_stride == 1;
     const bool vectors = side_by_side && aligned(16, data) &&
                          multiples_of(8, batch_stride, operand.along_sum ? row_stride : sum_stride);
@@ -82,6 +82,13 @@ cudaError_t launch_product(Product product, int64_t batch, cudaStream_t stream) 
     products.product[0] = product;
     products.first_blocks = ceil_div(product.row_ends[max_parts - 1], product_side);
     return launch_products<T>(products, 1, static_cast<int>(batch), stream);
+}
+
+// Whether the kernels can count in 32 bits.
+inline bool supported_size(const AttentionCuda& in) {
+    constexpr int64_t max_side = 1 << 24, max_batch = 65535;
+    return std::max({in.channels, in.positions, in.key_width, in.value_width}) <= max_side && in.batch <= max_batch &&
+           in.batch * ceil_div(in.positions, warp_size) <= INT32_MAX / 2;
 }
 
 inline void set_rows(Product& product, int first, int second = 0, int third = 0) {

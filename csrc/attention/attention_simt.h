@@ -39,6 +39,7 @@ class Definition {
     Values x, w_query, w_key, w_value, w_out, b_query, b_key, b_value, b_out;
     S gamma;
     Values query, key, value, out, y;  // y as [B, C, N]
+    Values context, grad_query, grad_key, grad_value, grad_x, grad_w_query, grad_w_key, grad_w_value, grad_w_out;
 
     template <typename Problem>
     explicit Definition(const Problem& problem) : shape(problem.shape), gamma(problem.gamma[0]) {
@@ -58,6 +59,23 @@ class Definition {
         attend();
         y = shape.w_out ? project(w_out, out, b_out, shape.channels, shape.value_width) : out;
         for (std::size_t i = 0; i < y.size(); ++i) y[i] = rounded(gamma * y[i] + x[i]);
+    }
+
+    // The gradients for one of y, [B, C, N].
+    void backward(const Values& grad_y) {
+        context = grad_y;
+        if (shape.w_out) context = project(transposed(w_out, shape.channels), grad_y, {}, shape.value_width, shape.channels);
+        map_gradients();
+        grad_x = grad_y;
+        const auto through = [&](const Values& w, const Values& grad, int64_t width) {
+            const Values part = project(transposed(w, width), grad, {}, shape.channels, width);
+            for (std::size_t i = 0; i < part.size(); ++i) grad_x[i] = rounded(grad_x[i] + part[i]);
+            return weight_gradient(grad, x, width, shape.channels, 1);
+        };
+        grad_w_query = through(w_query, grad_query, shape.key_width);
+        grad_w_key = through(w_key, grad_key, shape.key_width);
+        grad_w_value = through(w_value, grad_value, shape.value_width);
+        if (shape.w_out) grad_w_out = weight_gradient(grad_y, out, shape.channels, shape.value_width, gamma);
     }
 
     static S rounded(S value) {
@@ -88,6 +106,63 @@ class Definition {
     }
 
   private:
+    static Values transposed(const Values& w, int64_t rows) {
+        const int64_t columns = w.size() / rows;
+        Values result(w.size());
+        for (int64_t i = 0; i < static_cast<int64_t>(w.size()); ++i) result[i % columns * rows + i / columns] = w[i];
+        return result;
+    }
+
+    // scale · Σ over images and positions of left [B, rows, N] times right [B, columns, N]
+    Values weight_gradient(const Values& left, const Values& right, int64_t rows, int64_t columns, S scale) const {
+        const int64_t size = shape.positions;
+        Values result(rows * columns);
+        for (int64_t b = 0; b < shape.batch; ++b) {
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int64_t c = 0; c < columns; ++c) {
+                    const S* const from = &left[(b * rows + r) * size];
+                    result[r * columns + c] += std::inner_product(from, from + size, &right[(b * columns + c) * size], S(0));
+                }
+            }
+        }
+        for (S& value : result) value = rounded(scale * value);
+        return result;
+    }
+
+    void map_gradients() {
+        const int64_t size = shape.positions;
+        grad_query.resize(query.size()), grad_key.resize(key.size()), grad_value.resize(value.size());
+        Values powers(size), slopes(size);
+        for (int64_t b = 0; b < shape.batch; ++b) {
+            const auto row = [&](int64_t width, int64_t c) { return (b * width + c) * size; };
+            for (int64_t j = 0; j < size; ++j) {
+                logits_of(b, j, powers);
+                const S maximum = *std::max_element(powers.begin(), powers.end());
+                S total = 0, mean = 0;
+                for (S& power : powers) total += power = std::exp(power - maximum);
+                std::fill(slopes.begin(), slopes.end(), S(0));
+                for (int64_t c = 0; c < shape.value_width; ++c) {
+                    const int64_t from = row(shape.value_width, c);
+                    for (int64_t i = 0; i < size; ++i) slopes[i] += context[from + j] * value[from + i];
+                }
+                for (S& power : powers) power /= total;
+                for (int64_t i = 0; i < size; ++i) mean += powers[i] * slopes[i];
+                for (int64_t c = 0; c < shape.value_width; ++c) {
+                    const int64_t to = row(shape.value_width, c);
+                    for (int64_t i = 0; i < size; ++i) grad_value[to + i] += gamma * powers[i] * context[to + j];
+                }
+                for (int64_t i = 0; i < size; ++i) slopes[i] = gamma * powers[i] * (slopes[i] - mean);
+                for (int64_t c = 0; c < shape.key_width; ++c) {
+                    const int64_t at = row(shape.key_width, c);
+                    grad_query[at + j] = rounded(std::inner_product(slopes.begin(), slopes.end(), &key[at], S(0)));
+                    for (int64_t i = 0; i < size; ++i) grad_key[at + i] += slopes[i] * query[at + j];
+                }
+            }
+        }
+        for (S& x : grad_key) x = rounded(x);
+        for (S& x : grad_value) x = rounded(x);
+    }
+
     void attend() {
         const int64_t size = shape.positions;
         out.resize(value.size());
@@ -154,7 +229,6 @@ struct Problem {
     }
 
     AttentionCuda arguments() const {
-        const auto given = [](const Buffer<T>& buffer) { return buffer.size() ? buffer.data() : nullptr; };
         return {dtype<T>,       shape.batch,    shape.channels, shape.positions, shape.key_width, shape.value_width,
                 map(x),         w_query.data(), w_key.data(),   w_value.data(),  given(w_out),    gamma.data(),
                 given(b_query), given(b_key),   given(b_value), given(b_out),    query.data(),    key.data(),
@@ -191,7 +265,46 @@ struct Problem {
         compare("y", in_order(y), plain.y, exact.y);
     }
 
+    // The gradients for a random one of y, after a forward pass.
+    void check_backward() const {
+        const Buffer<T> grad_y = simt::random<T>(x.size()), grad_x(x.size()), grad_w_query(w_query.size()),
+                        grad_w_key(w_key.size()), grad_w_value(w_value.size()), grad_w_out(w_out.size()),
+                        grad_query(query.size()), grad_key(key.size()), grad_value(value.size()), context(value.size());
+        const Buffer<float> grad_gamma(1);
+        const Buffer<char> workspace(attention_backward_cuda_workspace(shape.batch, shape.channels, shape.positions,
+                                                                       shape.key_width, shape.value_width, shape.w_out));
+        const std::vector<double> ordered = in_order(grad_y);
+        if (!shape.w_out) for (std::size_t i = 0; i < ordered.size(); ++i) context[i] = static_cast<T>(ordered[i]);
+        const AttentionCudaGradients gradients = {
+            map(grad_y),        map(grad_x),    grad_w_query.data(), grad_w_key.data(), grad_w_value.data(), given(grad_w_out),
+            grad_gamma.data(), context.data(), grad_query.data(),   grad_key.data(),   grad_value.data()};
+        expect(attention_backward_cuda(arguments(), gradients, workspace.data(), nullptr) == ok, "the backward pass failed");
+
+        Definition<T, float> plain(*this);
+        plain.backward(std::vector<float>(ordered.begin(), ordered.end()));
+        Definition<T, double> exact(*this);
+        exact.backward(ordered);
+        compare("grad_query", grad_query, plain.grad_query, exact.grad_query);
+        compare("grad_key", grad_key, plain.grad_key, exact.grad_key);
+        compare("grad_value", grad_value, plain.grad_value, exact.grad_value);
+        compare("grad_x", in_order(grad_x), plain.grad_x, exact.grad_x);
+        compare("grad_w_query", grad_w_query, plain.grad_w_query, exact.grad_w_query);
+        compare("grad_w_key", grad_w_key, plain.grad_w_key, exact.grad_w_key);
+        compare("grad_w_value", grad_w_value, plain.grad_w_value, exact.grad_w_value);
+        compare("grad_w_out", grad_w_out, plain.grad_w_out, exact.grad_w_out);
+        compare("context", context, plain.context, exact.context);
+        // One number whose terms cancel; of what is stored it is exact.
+        simt::compare("grad_gamma of " + shape.text(), grad_gamma, [&](auto& sum) {
+            for (std::size_t i = 0; i < out.size(); ++i) sum[0] += context[i] * out[i];
+            for (std::size_t i = 0; i < ordered.size() && b_out.size(); ++i) {
+                sum[0] += ordered[i] * b_out[i / shape.positions % shape.channels];
+            }
+        });
+    }
+
   private:
+    static T* given(const Buffer<T>& buffer) { return buffer.size() ? buffer.data() : nullptr; }
+
     static Buffer<T> weight(int64_t rows, int64_t columns, double scale) {
         const double bound = 3 * scale / std::sqrt(columns);
         return simt::random<T>(rows * columns, -bound, bound);

@@ -44,9 +44,10 @@ struct Row {
 // side and every chunk begins at a multiple of 16 bytes. What cannot be copied asynchronously is stored at once.
 template <typename T, typename Rows>
 __device__ inline void copy_tile(T* tile, int chunks, int rows, std::int64_t stride, bool vectors, const Rows& row) {
+    const int shift = chunks == 4 ? 2 : chunks == 8 ? 3 : 4;
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
-        const int r = static_cast<unsigned>(i) / static_cast<unsigned>(chunks), chunk = i - r * chunks;
+        const int r = i >> shift, chunk = i & (chunks - 1);
         const Row<T> from = row(r);
         const int size = from.data ? min(from.size - 8 * chunk, 8) : 0;
         T* const to = tile + chunk_place(chunks, r, chunk);
@@ -60,6 +61,20 @@ __device__ inline void copy_tile(T* tile, int chunks, int rows, std::int64_t str
         }
     }
 }
+
+// Part of a matrix for a tile of `rows` rows: `filled` of them are there, `stride` apart, with `size` elements each.
+template <typename T>
+struct Panel {
+    const T* data;
+    int stride, chunks, rows, filled, size;
+    bool vectors;
+
+    __device__ void copy_to(T* tile) const {
+        copy_tile(tile, chunks, rows, 1, vectors, [&](int i) {
+            return Row<T>{i < filled ? data + static_cast<std::int64_t>(i) * stride : nullptr, size};
+        });
+    }
+};
 
 // ---- operands ----
 
@@ -102,6 +117,28 @@ __device__ inline float2 unpack(std::uint32_t both) {
 
 // ---- results ----
 
+// A block of a tensor [channels, positions] that a warp holds as an operand: its rows are the positions from `position` on,
+// its sum the channels from `channel` on. `turned` becomes the same with rows and sum exchanged. `pairs`: two neighbours
+// begin at a multiple of 4 bytes.
+template <typename T>
+__device__ inline void store_turned(T* data, int channels, int positions, int channel, int position, bool pairs,
+                                    const Operand& operand, Operand& turned) {
+    const int lane = threadIdx.x % warp_size;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        turned[e] = transpose_8x8(operand[e]);
+        const int c = channel + e / 2 * 8 + lane / 4, n = position + e % 2 * 8 + lane % 4 * 2;
+        if (c >= channels || n >= positions) continue;
+        T* const to = data + static_cast<std::int64_t>(c) * positions + n;
+        if (pairs) {
+            *reinterpret_cast<std::uint32_t*>(to) = turned[e];
+        } else {
+            to[0].bits = static_cast<std::uint16_t>(turned[e]);
+            if (n + 1 < positions) to[1].bits = static_cast<std::uint16_t>(turned[e] >> 16);
+        }
+    }
+}
+
 // out[row, column] = scale (value + bias) + residual; what is null is left out. `pairs`: two neighbours of a row lie side
 // by side and begin at a multiple of 4 bytes, here and in the residual.
 struct Result {
@@ -140,11 +177,12 @@ struct BlockResult {
         if (!result.residual) return;
         const T* const from = static_cast<const T*>(result.residual) + image * result.residual_batch_stride;
         for_pairs(row, column, [&](int r, int c, int half, int lower) {
-            const T* const at = from + r * result.residual_row_stride + c * result.residual_column_stride;
+            const T* const start = from + r * result.residual_row_stride;
             std::uint32_t& both = kept[2 * half + lower];
             if (result.pairs) {
-                both = *reinterpret_cast<const std::uint32_t*>(at);
+                both = *reinterpret_cast<const std::uint32_t*>(start + c);
             } else {
+                const T* const at = start + c * result.residual_column_stride;
                 both = at->bits;
                 if (c + 1 < columns) {
                     both |= static_cast<std::uint32_t>(at[result.residual_column_stride].bits) << 16;
@@ -169,10 +207,11 @@ struct BlockResult {
                 const float2 add = unpack<T>(residual[2 * half + lower]);
                 x.x += add.x, x.y += add.y;
             }
-            T* const at = to + r * result.row_stride + c * result.column_stride;
+            T* const start = to + r * result.row_stride;
             if (result.pairs) {
-                *reinterpret_cast<std::uint32_t*>(at) = pack<T>(x.x, x.y);
+                *reinterpret_cast<std::uint32_t*>(start + c) = pack<T>(x.x, x.y);
             } else {
+                T* const at = start + c * result.column_stride;
                 *at = static_cast<T>(x.x);
                 if (both) at[result.column_stride] = static_cast<T>(x.y);
             }
