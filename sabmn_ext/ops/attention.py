@@ -1,6 +1,7 @@
 """Self-attention over a feature map, y = γ·a + x, as one operation: schema, checks, dispatch, autograd.
 
-The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020)::
+The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020);
+the kernels are called in ``ops/cpu/``::
 
     self_attention2d → _Attention → sabmn_ext::attention_forward                (no gradient of its own)
             backward → _AttentionGradient → sabmn_ext::attention_backward       (no gradient of its own)
@@ -8,6 +9,7 @@ The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019;
 """
 
 import functools
+import importlib
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
 
 _INPUTS = (
@@ -169,36 +170,18 @@ def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool]) ->
     return [_empty_image(x), *outputs[1:]] if needs[0] else outputs
 
 
-def _native_inputs(x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor]) -> tuple[Any, Tensor]:
-    """What both passes of the C++ kernel take, and the scratch memory, which must outlive the call."""
-    threads, key_width, value_width = torch.get_num_threads(), saved[0].shape[1], saved[2].shape[1]
-    scratch = x.new_empty(threads * _native.module.attention_scratch(key_width, value_width))  # type: ignore[union-attr]
-    arguments = {
-        "dtype": dispatch.DTYPE_CODES[x.dtype],
-        "threads": threads,
-        "sizes": (*x.shape, key_width, value_width),
-        "x": x.data_ptr(), "x_strides": x.stride(),
-        "weights": _addresses(parameters[:5]),
-        "biases": _addresses(parameters[5:]),
-        "saved": _addresses(saved),
-        "scratch": scratch.data_ptr(),
-    }
-    return arguments, scratch
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _kernels(backend: str) -> Any:
+    """The module that calls the kernels of a backend: forward(…) and backward(…), which fill the outputs."""
+    return importlib.import_module(f"sabmn_ext.ops.{backend}.attention")
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *parameters, backend = arguments
-    if dispatch.choose("attention_forward", backend, x.device, x.dtype) == "cpu":
-        assert _native.module is not None
+    taken = dispatch.choose("attention_forward", backend, x.device, x.dtype)
+    if taken != "torch":
         parameters = [None if t is None else t.contiguous() for t in parameters]
-        y, *saved = outputs = _forward_outputs(x, parameters[0], parameters[2])
-        shared, _scratch = _native_inputs(x, parameters, saved)
-        status = _native.module.attention_forward(**shared, y=y.data_ptr(), y_strides=y.stride())
-        dispatch.check_status(status, "attention_forward", x)
+        outputs = _forward_outputs(x, parameters[0], parameters[2])
+        _kernels(taken).forward(x, parameters, outputs[0], outputs[1:])
         return outputs
     with torch.no_grad(), _no_autocast(x):
         biases = dict(zip(_BIASES, parameters[5:], strict=True))
@@ -208,42 +191,17 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, saved, (needs, backend) = arguments[:_N_INPUTS], arguments[_N_INPUTS:-2], arguments[-2:]
-    x = inputs[0]
-    if dispatch.choose("attention_backward", backend, x.device, x.dtype) == "cpu":
-        return _native_backward(grad_y, x, inputs[1:], saved, needs)
+    x, *parameters = inputs
+    taken = dispatch.choose("attention_backward", backend, x.device, x.dtype)
+    if taken != "torch":
+        parameters = [None if t is None else t.contiguous() for t in parameters]
+        grads = _gradient_outputs([x, *parameters], needs)
+        _kernels(taken).backward(grad_y, x, parameters, saved, needs, grads)
+        return tuple(grads)
     with torch.no_grad(), _no_autocast(x):
         wanted = reference.self_attention2d_backward(grad_y, *inputs[:6], *saved, b_out=inputs[9], needs=needs)
         grads = [x.new_empty(0) if grad is None else grad.contiguous() for grad in wanted]
         return (_empty_image(x).copy_(grads[0]) if needs[0] else grads[0], *grads[1:])
-
-
-def _native_backward(
-    grad_y: Tensor, x: Tensor, parameters: Sequence[Tensor | None], saved: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    assert _native.module is not None
-    parameters = [None if t is None else t.contiguous() for t in parameters]
-    grads = _gradient_outputs([x, *parameters], needs)
-    query, key, value, _, lse = saved
-    grad_query = torch.empty_like(query) if needs[0] or needs[1] or needs[6] else None
-    through_key = needs[0] or needs[2] or needs[3] or needs[8]
-    grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if through_key else (None, None)
-    context, row_term = torch.empty_like(value), torch.empty_like(lse)
-    shared, _scratch = _native_inputs(x, parameters, saved)
-    status = _native.module.attention_backward(
-        **shared,
-        grad_y=grad_y.data_ptr(), grad_y_strides=grad_y.stride(),
-        grad_x=grads[0].data_ptr() if needs[0] else 0, grad_x_strides=grads[0].stride() if needs[0] else (0, 0, 0, 0),
-        gradients=_addresses([grad if need else None for grad, need in zip(grads[1:6], needs[1:6], strict=True)]),
-        workspaces=_addresses([grad_query, grad_key, grad_value, context, row_term]),
-    )  # fmt: skip
-    dispatch.check_status(status, "attention_backward", x)
-    grads[7].zero_()  # a key bias cancels in the softmax
-    for i, grad in ((6, grad_query), (8, grad_value)):
-        if needs[i] and grad is not None:
-            torch.sum(grad, (0, 2), out=grads[i])
-    if needs[9]:
-        torch.sum(grad_y, (0, 2, 3), out=grads[9]).mul_(parameters[4])  # type: ignore[arg-type]
-    return tuple(grads)
 
 
 def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
