@@ -47,7 +47,7 @@ class Backward {
     cudaError_t run() const {
         cudaError_t status = in.w_out ? find_context() : cudaSuccess;
         if (status == cudaSuccess) status = find_row_terms();
-        if (status == cudaSuccess) status = find_map_gradients();
+        if (status == cudaSuccess && grads.grad_query) status = find_map_gradients();
         if (status == cudaSuccess && grads.grad_x.data) status = find_x_gradient();
         const bool weights = grads.w_query || grads.w_key || grads.w_value || grads.w_out;
         if (status == cudaSuccess && weights) status = find_weight_gradients();
@@ -144,8 +144,10 @@ class Backward {
             product.depths[0] = in.positions;
             product.batch = in.batch, product.images_per_block = layout.images_per_group;
         }
+        int count = grads.w_out ? 2 : 1;
+        if (!grads.w_query && !grads.w_key && !grads.w_value) stacked = w_out, count = 1;
         products.first_blocks = ceil_div(stacked.row_ends[max_parts - 1], product_side);
-        return launch_products<T>(products, in.w_out ? 2 : 1, layout.groups, stream);
+        return launch_products<T>(products, count, layout.groups, stream);
     }
 
     cudaError_t reduce() const {

@@ -40,7 +40,7 @@ struct AttentionCudaGradients {
     void *w_query, *w_key, *w_value, *w_out;
     float* gamma;
     void* context;                                // [B, value width, N]: w_out^T grad_y; given where there is no w_out
-    void *grad_query, *grad_key, *grad_value;     // as query, key and value; always filled
+    void *grad_query, *grad_key, *grad_value;     // as query, key and value; needed for all but w_out and gamma
 };
 
 // In bytes; to be aligned to 256.

@@ -218,7 +218,11 @@ for _operation, _implementation, _fake in (
     ("attention_forward", _forward, lambda x, *rest: _forward_outputs(x, rest[0], rest[2])),
     ("attention_backward", _backward, lambda _, *rest: tuple(_gradient_outputs(rest[:_N_INPUTS], rest[-2]))),
 ):
-    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.float64))
+    dispatch.register(
+        _operation,
+        cuda=dispatch.native_cuda(torch.bfloat16, torch.float16),
+        cpu=dispatch.native_cpu(torch.float32, torch.float64),
+    )
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)
     _vmap = functools.partial(_one_by_one, getattr(torch.ops.sabmn_ext, _operation))
