@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(row_warps* warp_size) attention_row_term_kerne
 
 // ---- gradients of query, key and value ----
 
-constexpr int backward_side = 64, backward_panel = 64, backward_threads = 128, backward_blocks_per_sm = 3;
+constexpr int backward_side = 64, backward_panel = 64, backward_threads = 128, backward_blocks_per_sm = 2;
 constexpr int backward_stages = 3, backward_panel_elements = backward_side * backward_panel;
 constexpr int backward_own_panels = 4;  // that are kept in shared memory; wider ones are fetched for every tile
 

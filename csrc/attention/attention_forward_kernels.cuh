@@ -18,17 +18,17 @@ namespace {
 
 constexpr int forward_keys = 128, forward_panel = 64, forward_stages = 3;
 constexpr int forward_panel_elements = forward_keys * forward_panel;
-constexpr int forward_query_slots = 4;  // panels of queries that are kept for all keys; wider ones are fetched again
 
 // 8 warps where registers allow, for the more queries share a panel the less often it is read.
 template <int width>
 struct ForwardPlan {
     static constexpr int warps = width <= 64 ? 8 : 4, threads = warps * warp_size, queries = 16 * warps;
     static constexpr int blocks_per_sm = 2;
+    // Panels of queries that are kept for all keys; wider ones are fetched again. It all fits the 99 KB of a block on sm_120.
+    static constexpr int query_slots = warps == 8 ? 3 : 4;
 
     static int shared_bytes(int key_width) {
-        const int panels = ceil_div(key_width, forward_panel);
-        const int slots = panels < forward_query_slots ? panels : forward_query_slots;
+        const int panels = ceil_div(key_width, forward_panel), slots = panels < query_slots ? panels : query_slots;
         return 2 * (slots * forward_panel * queries + forward_stages * forward_panel_elements);
     }
 };
@@ -48,6 +48,7 @@ struct ForwardArguments {
 template <typename T, int width>
 __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width>::blocks_per_sm)
     attention_forward_kernel(SABMN_GRID_CONSTANT(ForwardArguments) arguments) {
+    constexpr int query_slots = ForwardPlan<width>::query_slots;
     constexpr int queries = ForwardPlan<width>::queries, keys = forward_keys, panel = forward_panel;
     constexpr int value_panels = width / panel;
     constexpr int w_rows = 64, w_depth = width < 128 ? width : 128, w_panels = width / w_depth;
@@ -68,12 +69,12 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
     const int key_panels = ceil_div(key_width, panel), tile_steps = key_panels + value_panels;
     const int tiles = ceil_div(positions, keys), attention_steps = tiles * tile_steps;
     const int steps = attention_steps + (w_out ? ceil_div(channels, w_rows) * w_panels : 0);
-    const int slots = min(key_panels, forward_query_slots);
-    const bool keeps_queries = key_panels <= forward_query_slots;
+    const int slots = min(key_panels, query_slots);
+    const bool keeps_queries = key_panels <= query_slots;
     T* const ring = shared + slots * panel * queries;
 
     const auto query_slot = [&](int tile, int p) {
-        return shared + (keeps_queries ? p : (tile * key_panels + p) % forward_query_slots) * panel * queries;
+        return shared + (keeps_queries ? p : (tile * key_panels + p) % query_slots) * panel * queries;
     };
     const auto fetch = [&](int step) {
         Panel<T> from;

@@ -8,6 +8,8 @@
 // of 32 elements of the sum; two slices are under way while one is multiplied.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/attention_tiles.cuh"
 
 namespace sabmn {
@@ -57,26 +59,115 @@ struct ProductSlice {
     }
 };
 
-template <typename T>
-__device__ void copy_slice(T* tile, const ProductOperand& operand, const ProductSlice& slice, const int (&row_ends)[max_parts],
-                           bool stacked, int first, int depth) {
-    const auto data = [&](int part) {
-        return static_cast<const T*>(operand.parts[part]) + slice.image * operand.batch_strides[part];
-    };
-    const bool along = operand.along_sum;
-    const int chunks = (along ? product_depth : product_side) / 8, tile_rows = along ? product_side : product_depth;
-    const int rows = row_ends[max_parts - 1];
-    copy_tile(tile, chunks, tile_rows, along ? operand.sum_stride : operand.row_stride, operand.vectors, [&](int i) {
-        int row = first + (along ? i : 0), part = slice.part;
-        const int k = slice.k + (along ? 0 : i);
-        if (row >= rows || k >= depth) return Row<T>{nullptr, 0};
-        const int size = along ? depth - k : rows - row;
-        if (stacked) {
-            part = (row >= row_ends[0]) + (row >= row_ends[1]);
-            if (part) row -= row_ends[part - 1];
+// A thread's share of an operand's slices: two chunks of the tile, always the same ones. `along`: ProductOperand::along_sum.
+template <typename T, bool along>
+struct SliceCopier {
+    static constexpr int chunks = (along ? product_depth : product_side) / 8, rows_apart = product_threads / chunks, share = 2;
+    static_assert(share * product_threads * 8 == product_slice && rows_apart % 8 == 0, "the threads share a slice");
+
+    const ProductOperand& operand;
+    const int tile_row, chunk, place;  // of the first of them
+    const int first, rows;             // of the tile's rows, and how many the operand has
+    const std::int64_t step;           // from slice to slice
+    const T* from[share];              // at the next slice
+
+    __device__ SliceCopier(const ProductOperand& operand, int first, int rows)
+        : operand(operand),
+          tile_row(threadIdx.x / chunks),
+          chunk(threadIdx.x % chunks),
+          place(chunk_place(chunks, tile_row, chunk)),
+          first(first),
+          rows(rows),
+          step(product_depth * operand.sum_stride) {}
+
+    // Before the first slice of a part of the sum.
+    __device__ void begin(const ProductSlice& slice, const int (&row_ends)[max_parts], bool stacked) {
+#pragma unroll
+        for (int i = 0; i < share; ++i) {
+            const int in_tile = tile_row + i * rows_apart, k = along ? 8 * chunk : in_tile;
+            int row = first + (along ? in_tile : 8 * chunk), part = slice.part;
+            if (stacked) {
+                part = (row >= row_ends[0]) + (row >= row_ends[1]);
+                if (part) row -= row_ends[part - 1];
+            }
+            from[i] = static_cast<const T*>(operand.parts[part]) + slice.image * operand.batch_strides[part] +
+                      row * operand.row_stride + k * operand.sum_stride;
         }
-        return Row<T>{data(part) + row * operand.row_stride + k * operand.sum_stride, size};
-    });
+    }
+
+    // `left` elements of the sum are left.
+    __device__ void copy(T* tile, int left) {
+#pragma unroll
+        for (int i = 0; i < share; ++i) {
+            const int in_tile = tile_row + i * rows_apart;
+            const int size = along ? (first + in_tile < rows ? left - 8 * chunk : 0)
+                                   : (in_tile < left ? rows - first - 8 * chunk : 0);
+            copy_chunk(tile + place + i * product_threads * 8, from[i], size, along ? operand.sum_stride : operand.row_stride,
+                       operand.vectors);
+            from[i] += step;
+        }
+    }
+};
+
+// The sums of a warp, from (warp_row, warp_column) of the block's 128 × 128 on.
+template <typename T, bool a_along, bool b_along>
+__device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shared, int first_row, int first_column,
+                            int warp_row, int warp_column) {
+    const int rows = product.row_ends[max_parts - 1], columns = product.columns, no_parts[max_parts] = {};
+    ProductSlice next = {static_cast<int>(blockIdx.z) * product.images_per_block};
+    const int images = min(product.images_per_block, product.batch - next.image);
+    int slices = 0;
+    for (const int depth : product.depths) slices += ceil_div(depth, product_depth);
+    slices *= images;
+
+    SliceCopier<T, a_along> a(product.a, first_row, rows);
+    SliceCopier<T, b_along> b(product.b, first_column, columns);
+    int fetched = 0, filling = 0;  // slices, and the stage for the next
+    const auto fetch = [&] {
+        if (fetched < slices) {
+            if (next.k == 0) {
+                a.begin(next, product.row_ends, product.stacked);
+                b.begin(next, no_parts, false);
+            }
+            T* const tile = shared + filling * 2 * product_slice;
+            const int left = product.depths[next.part] - next.k;
+            a.copy(tile, left);
+            b.copy(tile + product_slice, left);
+            next.advance(product.depths);
+            ++fetched;
+            filling = filling + 1 == product_stages ? 0 : filling + 1;
+        }
+        cp_async_commit();
+    };
+
+    // A warp without a result has nothing to multiply, but copies with the others.
+    const int column_blocks = first_row + warp_row < rows ? ceil_div(columns - first_column - warp_column, 16) : 0;
+    for (int slice = 0; slice < product_stages - 1; ++slice) fetch();
+    int stage = 0;
+    for (int slice = 0; slice < slices; ++slice) {
+        cp_async_wait<product_stages - 2>();
+        __syncthreads();
+        fetch();
+        const T* const tile = shared + stage * 2 * product_slice;
+        stage = stage + 1 == product_stages ? 0 : stage + 1;
+        if (column_blocks <= 0) continue;
+#pragma unroll
+        for (int k = 0; k < product_depth; k += 16) {
+            Operand left[2], right;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                load_operand<(a_along ? product_depth : product_side) / 8, !a_along>(left[i], tile, warp_row + 16 * i, k);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if (j >= column_blocks) break;
+                load_operand<(b_along ? product_depth : product_side) / 8, !b_along>(right, tile + product_slice,
+                                                                                    warp_column + 16 * j, k);
+                multiply<T>(sums[0][j], left[0], right);
+                multiply<T>(sums[1][j], left[1], right);
+            }
+        }
+    }
 }
 
 template <typename T>
@@ -89,57 +180,16 @@ __global__ void __launch_bounds__(product_threads, product_blocks_per_sm)
     const int first_column = blockIdx.x * product_side;
     const int rows = product.row_ends[max_parts - 1], columns = product.columns;
     if (first_column >= columns) return;  // of the wider product of the two
-    const int column_ends[max_parts] = {columns, columns, columns};
-
-    const int images = min(product.images_per_block, product.batch - static_cast<int>(blockIdx.z) * product.images_per_block);
-    int slices = 0;
-    for (const int depth : product.depths) slices += ceil_div(depth, product_depth);
-    slices *= images;
-
-    ProductSlice next = {static_cast<int>(blockIdx.z) * product.images_per_block};
-    const auto fetch = [&](int slice) {
-        if (slice < slices) {
-            T* const tile = shared + slice % product_stages * 2 * product_slice;
-            const int depth = product.depths[next.part];
-            copy_slice(tile, product.a, next, product.row_ends, product.stacked, first_row, depth);
-            copy_slice(tile + product_slice, product.b, next, column_ends, false, first_column, depth);
-            next.advance(product.depths);
-        }
-        cp_async_commit();
-    };
 
     const int warp = threadIdx.x / warp_size, warp_row = warp / 2 * 32, warp_column = warp % 2 * 64;
-    // A warp without a result has nothing to multiply, but copies with the others.
-    const int row_blocks = min(ceil_div(max(rows - first_row - warp_row, 0), 16), 2);
-    const int column_blocks = min(ceil_div(max(columns - first_column - warp_column, 0), 16), 4);
     Block sums[2][4] = {};
-    for (int slice = 0; slice < product_stages - 1; ++slice) fetch(slice);
-    for (int slice = 0; slice < slices; ++slice) {
-        cp_async_wait<product_stages - 2>();
-        __syncthreads();
-        fetch(slice + product_stages - 1);
-        const T* const tile = shared + slice % product_stages * 2 * product_slice;
-#pragma unroll
-        for (int k = 0; k < product_depth; k += 16) {
-            Operand a[2], b;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                if (product.a.along_sum) load_operand<product_depth / 8, false>(a[i], tile, warp_row + 16 * i, k);
-                else load_operand<product_side / 8, true>(a[i], tile, warp_row + 16 * i, k);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (j >= column_blocks) break;
-                const T* const right = tile + product_slice;
-                if (product.b.along_sum) load_operand<product_depth / 8, false>(b, right, warp_column + 16 * j, k);
-                else load_operand<product_side / 8, true>(b, right, warp_column + 16 * j, k);
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    if (i < row_blocks) multiply<T>(sums[i][j], a[i], b);
-                }
-            }
-        }
-    }
+    const auto sum = [&](auto a_along, auto b_along) {
+        sum_product<T, a_along.value, b_along.value>(sums, product, shared, first_row, first_column, warp_row, warp_column);
+    };
+    const std::true_type yes;
+    const std::false_type no;
+    if (product.a.along_sum) product.b.along_sum ? sum(yes, yes) : sum(yes, no);
+    else product.b.along_sum ? sum(no, yes) : sum(no, no);
 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -33,36 +33,21 @@ struct alignas(16) Chunk {
     T element[8];
 };
 
-// A row of a matrix in global memory; data is null where there is none.
+// Begins to fill a chunk with `size` elements (at most 8, or none) and then zeros. Neighbours are `stride` elements apart;
+// with `vectors` they lie side by side from a multiple of 16 bytes on. What cannot be copied asynchronously is stored.
 template <typename T>
-struct Row {
-    const T* data;
-    int size;  // elements from data on that exist; the others are zeros
-};
-
-// Begins to fill `rows` rows of a tile from row(i). Neighbours are `stride` elements apart; with `vectors` they lie side by
-// side and every chunk begins at a multiple of 16 bytes. What cannot be copied asynchronously is stored at once.
-template <typename T, typename Rows>
-__device__ inline void copy_tile(T* tile, int chunks, int rows, std::int64_t stride, bool vectors, const Rows& row) {
-    const int shift = chunks == 4 ? 2 : chunks == 8 ? 3 : 4;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
-        const int r = i >> shift, chunk = i & (chunks - 1);
-        const Row<T> from = row(r);
-        const int size = from.data ? min(from.size - 8 * chunk, 8) : 0;
-        T* const to = tile + chunk_place(chunks, r, chunk);
-        if (vectors && size > 0) {
-            cp_async_16(to, from.data + 8 * chunk, size * static_cast<int>(sizeof(T)));
-        } else {
-            Chunk<T> values;
+__device__ inline void copy_chunk(T* to, const T* from, int size, std::int64_t stride, bool vectors) {
+    if (vectors && size > 0) {
+        cp_async_16(to, from, min(size, 8) * static_cast<int>(sizeof(T)));
+    } else {
+        Chunk<T> values;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) values.element[e] = e < size ? from.data[(8 * chunk + e) * stride] : T(0.0f);
-            *reinterpret_cast<Chunk<T>*>(to) = values;
-        }
+        for (int e = 0; e < 8; ++e) values.element[e] = e < size ? from[e * stride] : T(0.0f);
+        *reinterpret_cast<Chunk<T>*>(to) = values;
     }
 }
 
-// Part of a matrix for a tile of `rows` rows: `filled` of them are there, `stride` apart, with `size` elements each.
+// Part of a matrix for a tile of `rows` rows and 8 or 16 chunks: `filled` rows are there, `stride` apart, with `size` elements each.
 template <typename T>
 struct Panel {
     const T* data;
@@ -70,9 +55,13 @@ struct Panel {
     bool vectors;
 
     __device__ void copy_to(T* tile) const {
-        copy_tile(tile, chunks, rows, 1, vectors, [&](int i) {
-            return Row<T>{i < filled ? data + static_cast<std::int64_t>(i) * stride : nullptr, size};
-        });
+        const int shift = chunks == 8 ? 3 : 4;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
+            const int row = i >> shift, chunk = i & (chunks - 1);
+            copy_chunk(tile + chunk_place(chunks, row, chunk), data + static_cast<std::int64_t>(row) * stride + 8 * chunk,
+                       row < filled ? size - 8 * chunk : 0, 1, vectors);
+        }
     }
 };
 
