@@ -13,6 +13,8 @@ using simt::Buffer;
 using simt::expect;
 using std::int64_t;
 
+inline bool any() { return simt::random_int(0, 1) == 1; }
+
 struct Shape {
     int64_t batch, channels, positions, key_width, value_width;
     bool w_out = true, biases = false, channels_last = false;
@@ -219,7 +221,7 @@ struct Problem {
           value(shape.batch * shape.value_width * shape.positions),
           out(value.size()),
           y(x.size()) {
-        if (simt::random_int(0, 1)) gamma[0] = -gamma[0];
+        if (any()) gamma[0] = -gamma[0];
     }
 
     AttentionMap map(const Buffer<T>& buffer) const {

@@ -93,10 +93,10 @@ def backward(
             stream=torch.cuda.current_stream().cuda_stream,
         )
     dispatch.check_status(status, "attention_backward", x)
+    gamma: Any = parameters[4]  # of the dtype that sums are kept in
     gradients[7].zero_()  # a key bias cancels in the softmax
     for i, grad in ((6, inner[0]), (8, inner[2])):
         if needs[i] and grad is not None:
-            gradients[i].copy_(torch.sum(grad, (0, 2), dtype=torch.float32))
+            gradients[i].copy_(torch.sum(grad, (0, 2), dtype=gamma.dtype))
     if needs[9]:
-        gamma: Any = parameters[4]
         gradients[9].copy_(gamma * torch.sum(grad_y, (0, 2, 3), dtype=gamma.dtype))
