@@ -40,7 +40,7 @@ PLANS = {
     "attention_forward_kernel<64>": Plan(256, 2, 96 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
     "attention_forward_kernel<128>": Plan(128, 2, 80 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
     "attention_forward_kernel<256>": Plan(128, 2, 80 << 10, blocks_per_small_sm=1),
-    "attention_backward_kernel": Plan(128, 2, 91648, planned_shared=50688, blocks_per_small_sm=1),
+    "attention_backward_kernel": Plan(128, 2, 91136, planned_shared=50176, blocks_per_small_sm=1),
     "attention_product_kernel": Plan(256, 2, 48 << 10),
     "attention_row_term_kernel": Plan(256, 6),
     "attention_reduce_kernel": Plan(256, 6),

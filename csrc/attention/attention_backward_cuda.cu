@@ -9,7 +9,7 @@ namespace {
 
 // The weights' gradients are cut into groups of images so that a launch has about this many blocks. The number does not
 // depend on the GPU, and so the order of the sums does not either.
-constexpr int64_t weight_blocks = 256;
+constexpr int64_t weight_blocks = 128;
 
 // How the workspace is laid out, and how the weights' gradients are cut.
 struct BackwardLayout {

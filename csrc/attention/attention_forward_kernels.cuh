@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
                 for (int half = 0; half < 2; ++half) {
                     float& x = logits[j][half][2 * lower];
                     float& y = logits[j][half][2 * lower + 1];
-                    x = exp2_approx((x - largest) * log2_e);
-                    y = exp2_approx((y - largest) * log2_e);
+                    x = exp2_approx(fmaf(x, log2_e, -largest * log2_e));
+                    y = exp2_approx(fmaf(y, log2_e, -largest * log2_e));
                     sum += x + y;
                     powers[j][2 * half + lower] = pack<T>(x, y);
                 }

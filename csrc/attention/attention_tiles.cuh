@@ -28,22 +28,20 @@ __device__ inline int chunk_place(int chunks, int row, int chunk) {
     return (row * chunks + (chunk ^ (chunks == 4 ? row >> 1 & 3 : row & 7))) * 8;
 }
 
-template <typename T>
-struct alignas(16) Chunk {
-    T element[8];
-};
-
 // Begins to fill a chunk with `size` elements (at most 8, or none) and then zeros. Neighbours are `stride` elements apart;
 // with `vectors` they lie side by side from a multiple of 16 bytes on. What cannot be copied asynchronously is stored.
 template <typename T>
 __device__ inline void copy_chunk(T* to, const T* from, int size, std::int64_t stride, bool vectors) {
-    if (vectors && size > 0) {
-        cp_async_16(to, from, min(size, 8) * static_cast<int>(sizeof(T)));
+    if (vectors) {
+        cp_async_16(to, from, min(max(size, 0), 8) * static_cast<int>(sizeof(T)));
     } else {
-        Chunk<T> values;
+        std::uint32_t pairs[4];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) values.element[e] = e < size ? from[e * stride] : T(0.0f);
-        *reinterpret_cast<Chunk<T>*>(to) = values;
+        for (int e = 0; e < 8; e += 2) {
+            const std::uint32_t low = e < size ? from[e * stride].bits : 0, high = e + 1 < size ? from[(e + 1) * stride].bits : 0;
+            pairs[e / 2] = low | high << 16;
+        }
+        *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }
 
@@ -70,14 +68,18 @@ struct Panel {
 using Operand = std::uint32_t[4];
 using Block = float[2][4];
 
-// Rows `row` … of one side and elements `k` … of the sum. The tile's rows are the side's, or (`across`) the sum's.
+// Rows `row` … of one side and elements `k` … of the sum, multiples of 16. The tile's rows are the side's, or (`across`) the
+// sum's. What depends on the lane is computed once: the chunk, a multiple of 2, only changes bits that a lane's own place
+// has to itself.
 template <int chunks, bool across, typename T>
 __device__ inline void load_operand(Operand& operand, const T* tile, int row, int k) {
     const int lane = threadIdx.x % warp_size;
     if constexpr (across) {
-        ldmatrix_x4_trans(operand, tile + chunk_place(chunks, k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+        const int own = chunk_place(chunks, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+        ldmatrix_x4_trans(operand, tile + k * chunks * 8 + (own ^ row));
     } else {
-        ldmatrix_x4(operand, tile + chunk_place(chunks, row + lane % 16, k / 8 + lane / 16));
+        const int own = chunk_place(chunks, lane % 16, lane / 16);
+        ldmatrix_x4(operand, tile + row * chunks * 8 + (own ^ k));
     }
 }
 
