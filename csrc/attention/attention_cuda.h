@@ -1,5 +1,16 @@
 // Self-attention over a feature map on the GPU, in bfloat16 and float16. Nothing here allocates, waits for the device or
 // reads from it, so that a CUDA graph can record it.
+//
+// Which kernel serves what; T is bf16 or f16, so there are 14 in all. Other types have none. Widths are any numbers:
+//   both passes  attention_product_kernel<T>        the projections, and w_out where values are wider than 256 channels;
+//                                                   context = w_out^T grad_y; the gradients of x and of the weights
+//   forward      attention_forward_kernel<T, 64>    values of at most 64 channels
+//                attention_forward_kernel<T, 128>   of 65 to 128
+//                attention_forward_kernel<T, 256>   of 129 to 256, and wider ones in slices of 256
+//   backward     attention_row_term_kernel<T>       every width
+//                attention_backward_kernel<T>       every width, in slices of 64 channels
+//                attention_reduce_kernel<T>         every width
+// A forward pass is two launches, three where values are wider than 256 channels and there is a w_out; a backward pass six.
 #pragma once
 
 #include <cstdint>

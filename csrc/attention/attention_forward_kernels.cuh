@@ -42,7 +42,7 @@ struct ForwardArguments {
     bool w_vectors;     // and those of w_out
     bool out_pairs;     // out may be stored 4 bytes at a time
     bool y_is_channels_last, writes_y;
-    Result y;           // with rows and columns in the order of y_is_channels_last
+    ProductResult y;           // with rows and columns in the order of y_is_channels_last
 };
 
 template <typename T, int width>

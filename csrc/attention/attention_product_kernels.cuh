@@ -15,36 +15,10 @@
 namespace sabmn {
 namespace {
 
-constexpr int product_side = 128, product_depth = 32, product_stages = 3, product_threads = 256;
+constexpr int product_depth = 32, product_stages = 3, product_threads = 256;
 constexpr int product_blocks_per_sm = 2;
 constexpr int product_slice = product_side * product_depth;  // elements of one operand
 constexpr int product_shared_bytes = product_stages * 2 * product_slice * 2;
-constexpr int max_parts = 3;
-
-// One operand: element (row, k) of an image lies at row·row_stride + k·sum_stride.
-struct ProductOperand {
-    const void* parts[max_parts];
-    std::int64_t batch_strides[max_parts], row_stride, sum_stride;
-    bool along_sum;  // neighbours in memory are neighbours in the sum, else neighbouring rows
-    bool vectors;    // and may be copied 16 bytes at a time
-};
-
-struct Product {
-    ProductOperand a, b;
-    int row_ends[max_parts];  // of a's parts that are stacked; else all are the number of rows
-    int columns;              // rows of b
-    int depths[max_parts];    // of the parts of the sum; those that are not there 0
-    int batch, images_per_block;
-    bool stacked;             // parts are along the rows of a, else along the sum
-    Result results[max_parts];  // of the parts along the rows, else the first only
-    float* partial;           // [blocks in z, rows, columns] instead of a result
-};
-
-// At most two products in one launch: the second has the blocks in y from first_blocks on.
-struct Products {
-    Product product[2];
-    int first_blocks;
-};
 
 // Walks over the slices of the sum, images outermost.
 struct ProductSlice {

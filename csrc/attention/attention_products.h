@@ -1,13 +1,63 @@
-// Builds the matrix products of the attention from its tensors, and launches them. For host code of the CUDA part.
+// The matrix products around the attention, as host code describes them to attention_product_kernel, and their launch.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "attention/attention_cuda.h"
-#include "attention/attention_product_kernels.cuh"
+#include "common/cuda.h"
 
 namespace sabmn {
-namespace {
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// ---- what a launch is told ----
+
+// out[row, column] = scale (value + bias) + residual; what is null is left out. `pairs`: two neighbours of a row lie side
+// by side and begin at a multiple of 4 bytes, here and in the residual.
+struct ProductResult {
+    void* data;
+    std::int64_t batch_stride, row_stride, column_stride;
+    const void* residual;
+    std::int64_t residual_batch_stride, residual_row_stride, residual_column_stride;
+    const void* bias;
+    const float* scale;
+    bool bias_of_rows, pairs;
+};
+
+constexpr int product_side = 128;  // of a block's part of a result
+constexpr int max_parts = 3;
+
+// One operand: element (row, k) of an image lies at row·row_stride + k·sum_stride.
+struct ProductOperand {
+    const void* parts[max_parts];
+    std::int64_t batch_strides[max_parts], row_stride, sum_stride;
+    bool along_sum;  // neighbours in memory are neighbours in the sum, else neighbouring rows
+    bool vectors;    // and may be copied 16 bytes at a time
+};
+
+struct Product {
+    ProductOperand a, b;
+    int row_ends[max_parts];  // of a's parts that are stacked; else all are the number of rows
+    int columns;              // rows of b
+    int depths[max_parts];    // of the parts of the sum; those that are not there 0
+    int batch, images_per_block;
+    bool stacked;             // parts are along the rows of a, else along the sum
+    ProductResult results[max_parts];  // of the parts along the rows, else the first only
+    float* partial;           // [blocks in z, rows, columns] instead of a result
+};
+
+// At most two products in one launch: the second has the blocks in y from first_blocks on.
+struct Products {
+    Product product[2];
+    int first_blocks;
+};
+
+// The products' blocks in z: images, or groups of them where the sum goes over images. T is bf16 or f16.
+template <typename T>
+cudaError_t launch_products(const Products& products, int count, int blocks, cudaStream_t stream);
+
+// ---- how it is told ----
 
 using std::int64_t;
 
@@ -34,8 +84,8 @@ inline void add_part(ProductOperand& operand, int part, const void* data, int64_
 }
 
 // One that has columns from an [B, rows, N] tensor.
-inline Result plain_result(void* data, int64_t rows, int64_t columns, const void* bias) {
-    Result result{};
+inline ProductResult plain_result(void* data, int64_t rows, int64_t columns, const void* bias) {
+    ProductResult result{};
     result.data = data;
     result.batch_stride = rows * columns, result.row_stride = columns, result.column_stride = 1;
     result.bias = bias, result.bias_of_rows = true;
@@ -44,10 +94,10 @@ inline Result plain_result(void* data, int64_t rows, int64_t columns, const void
 }
 
 // y = scale (· + bias) + residual, transposed where y is channels_last.
-inline Result map_result(const AttentionMap& y, const AttentionMap& residual, int64_t channels, int64_t positions,
+inline ProductResult map_result(const AttentionMap& y, const AttentionMap& residual, int64_t channels, int64_t positions,
                          const void* bias, const float* scale) {
     const bool last = channels_last(y);
-    Result result{};
+    ProductResult result{};
     result.data = y.data, result.residual = residual.data;
     result.batch_stride = y.batch_stride, result.residual_batch_stride = residual.batch_stride;
     result.row_stride = last ? y.position_stride : y.channel_stride;
@@ -60,18 +110,6 @@ inline Result map_result(const AttentionMap& y, const AttentionMap& residual, in
                    multiples_of(2, y.batch_stride, result.row_stride, residual.batch_stride, result.residual_row_stride,
                                 last ? channels : positions);
     return result;
-}
-
-// The products' blocks in z: images, or groups of them where the sum goes over images.
-template <typename T>
-cudaError_t launch_products(const Products& products, int count, int blocks, cudaStream_t stream) {
-    int rows = 0, columns = 0;
-    for (int i = 0; i < count; ++i) {
-        rows += ceil_div(products.product[i].row_ends[max_parts - 1], product_side);
-        columns = std::max(columns, ceil_div(products.product[i].columns, product_side));
-    }
-    return launch(attention_product_kernel<T>, dim3(columns, rows, blocks), product_threads, product_shared_bytes, stream,
-                  products);
 }
 
 // A product of every image by itself.
@@ -88,12 +126,11 @@ cudaError_t launch_product(Product product, int64_t batch, cudaStream_t stream) 
 inline bool supported_size(const AttentionCuda& in) {
     constexpr int64_t max_side = 1 << 24, max_batch = 65535;
     return std::max({in.channels, in.positions, in.key_width, in.value_width}) <= max_side && in.batch <= max_batch &&
-           in.batch * ceil_div(in.positions, warp_size) <= INT32_MAX / 2;
+           in.batch * in.positions <= INT64_C(16) * INT32_MAX;
 }
 
 inline void set_rows(Product& product, int first, int second = 0, int third = 0) {
     product.row_ends[0] = first, product.row_ends[1] = first + second, product.row_ends[2] = first + second + third;
 }
 
-}  // namespace
 }  // namespace sabmn

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "attention/attention_products.h"
 #include "common/cuda.h"
 
 namespace sabmn {
@@ -17,8 +18,6 @@ namespace {
 
 constexpr int warp_size = 32;
 constexpr float log2_e = 1.44269504f, minus_infinity = -INFINITY;
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // ---- tiles: rows of 8·chunks elements ----
 
@@ -130,23 +129,11 @@ __device__ inline void store_turned(T* data, int channels, int positions, int ch
     }
 }
 
-// out[row, column] = scale (value + bias) + residual; what is null is left out. `pairs`: two neighbours of a row lie side
-// by side and begin at a multiple of 4 bytes, here and in the residual.
-struct Result {
-    void* data;
-    std::int64_t batch_stride, row_stride, column_stride;
-    const void* residual;
-    std::int64_t residual_batch_stride, residual_row_stride, residual_column_stride;
-    const void* bias;
-    const float* scale;
-    bool bias_of_rows, pairs;
-};
-
 // The part of a result that a warp holds as one Block: its rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9 from
 // (row, column) on, of a matrix of rows × columns.
 template <typename T>
 struct BlockResult {
-    const Result& result;
+    const ProductResult& result;
     std::int64_t image;
     int rows, columns;
 
