@@ -1,5 +1,6 @@
-// The backward pass on the GPU, in six launches: context, row terms, the gradients of query, key and value, then of x, and of
-// the weights in two, for these are summed over images in groups, and the groups' sums added up by the last launch.
+// The backward pass on the GPU, in six launches: context, row terms, the gradients of query, key and value, then of x,
+// and of the weights in two, for these are summed over images in groups, and the groups' sums added up by the last
+// launch.
 
 #include "attention/attention_backward_kernels.cuh"
 #include "attention/attention_products.h"
@@ -15,9 +16,12 @@ constexpr int64_t weight_blocks = 128;
 struct BackwardLayout {
     int64_t row_term_floats, sum_floats, stacked_floats, w_out_floats, images_per_group, groups;
 
-    BackwardLayout(int64_t batch, int64_t channels, int64_t positions, int64_t key_width, int64_t value_width, bool w_out) {
+    BackwardLayout(int64_t batch, int64_t channels, int64_t positions, int64_t key_width, int64_t value_width,
+                   bool w_out) {
         const int64_t stacked = 2 * key_width + value_width;
-        const auto tiles = [](int64_t rows, int64_t columns) { return ceil_div(rows, product_side) * ceil_div(columns, product_side); };
+        const auto tiles = [](int64_t rows, int64_t columns) {
+            return ceil_div(rows, product_side) * ceil_div(columns, product_side);
+        };
         const int64_t blocks = tiles(stacked, channels) + (w_out ? tiles(channels, value_width) : 0);
         const int64_t wanted = std::clamp<int64_t>(weight_blocks / blocks, 1, std::max<int64_t>(batch, 1));
         images_per_group = std::max<int64_t>((batch + wanted - 1) / wanted, 1);
@@ -79,18 +83,29 @@ class Backward {
 
     cudaError_t find_row_terms() const {
         const AttentionMap& dy = grads.grad_y;
-        const RowArguments arguments = {static_cast<int>(in.channels), static_cast<int>(in.positions), static_cast<int>(in.value_width),
-                                        grads.context, in.out, in.b_out, dy.data, dy.batch_stride, dy.channel_stride,
-                                        dy.position_stride, row_term, sums};
+        const RowArguments arguments = {static_cast<int>(in.channels),
+                                        static_cast<int>(in.positions),
+                                        static_cast<int>(in.value_width),
+                                        grads.context,
+                                        in.out,
+                                        in.b_out,
+                                        dy.data,
+                                        dy.batch_stride,
+                                        dy.channel_stride,
+                                        dy.position_stride,
+                                        row_term,
+                                        sums};
         return launch(attention_row_term_kernel<T>, row_blocks(), row_warps * warp_size, 0, stream, arguments);
     }
 
     cudaError_t find_map_gradients() const {
         BackwardArguments arguments{};
         arguments.positions = in.positions, arguments.key_width = in.key_width, arguments.value_width = in.value_width;
-        arguments.query = in.query, arguments.key = in.key, arguments.value = in.value, arguments.context = grads.context;
+        arguments.query = in.query, arguments.key = in.key, arguments.value = in.value,
+        arguments.context = grads.context;
         arguments.lse = in.lse, arguments.row_term = row_term, arguments.gamma = in.gamma;
-        arguments.grad_query = grads.grad_query, arguments.grad_key = grads.grad_key, arguments.grad_value = grads.grad_value;
+        arguments.grad_query = grads.grad_query, arguments.grad_key = grads.grad_key,
+        arguments.grad_value = grads.grad_value;
         arguments.vectors = multiples_of(8, in.positions) && aligned(16, in.query) && aligned(16, in.key) &&
                             aligned(16, in.value) && aligned(16, grads.context);
         arguments.pairs = multiples_of(2, in.positions) && aligned(4, grads.grad_query) && aligned(4, grads.grad_key) &&
@@ -161,7 +176,8 @@ class Backward {
         arguments.parts = layout.groups;
         arguments.gamma_sums = sums, arguments.grad_gamma = grads.gamma, arguments.gamma_count = row_blocks();
         const int64_t size = stride + arguments.matrices[3].size;
-        return launch(attention_reduce_kernel<T>, (size + reduce_threads - 1) / reduce_threads, reduce_threads, 0, stream, arguments);
+        return launch(attention_reduce_kernel<T>, (size + reduce_threads - 1) / reduce_threads, reduce_threads, 0,
+                      stream, arguments);
     }
 };
 
@@ -172,7 +188,8 @@ int64_t attention_backward_cuda_workspace(int64_t batch, int64_t channels, int64
     return 4 * BackwardLayout(batch, channels, positions, key_width, value_width, w_out).floats();
 }
 
-int attention_backward_cuda(const AttentionCuda& in, const AttentionCudaGradients& gradients, void* workspace, void* stream) {
+int attention_backward_cuda(const AttentionCuda& in, const AttentionCudaGradients& gradients, void* workspace,
+                            void* stream) {
     if (in.dtype != DType::bfloat16 && in.dtype != DType::float16) return unsupported_dtype;
     if (!supported_size(in)) return unsupported_size;
     if (in.batch == 0 || in.positions == 0) return ok;

@@ -1,7 +1,9 @@
-// The attention's gradients, with context = w_outᵀ grad_y, and of every query j the row term r_j = Σ_c context_cj out_cj:
+// The attention's gradients. With context = w_outᵀ grad_y, and of every query j the row term
+// r_j = Σ_c context_cj out_cj:
 //
-//   p_ji = exp(query_j · key_i - lse_j)        e_ji = p_ji (context_j · value_i - r_j)
-//   grad_query_j = γ Σ_i e_ji key_i            grad_key_i = γ Σ_j e_ji query_j            grad_value_i = γ Σ_j p_ji context_j
+//   p_ji = exp(query_j · key_i - lse_j)     e_ji = p_ji (context_j · value_i - r_j)
+//   grad_query_j = γ Σ_i e_ji key_i         grad_key_i = γ Σ_j e_ji query_j
+//   grad_value_i = γ Σ_j p_ji context_j
 //
 // γ's own gradient is Σ_j r_j; nothing is ever divided by γ. Every sum has one owner and a fixed order: no atomics.
 #pragma once
@@ -35,12 +37,16 @@ struct RowArguments {
 
 // 32 positions, a lane each; the warps share out the channels.
 template <typename T>
-__global__ void __launch_bounds__(row_warps* warp_size) attention_row_term_kernel(SABMN_GRID_CONSTANT(RowArguments) arguments) {
+__global__ void __launch_bounds__(row_warps* warp_size)
+    attention_row_term_kernel(SABMN_GRID_CONSTANT(RowArguments) arguments) {
     __shared__ float terms[2][row_warps][warp_size];
     const int positions = arguments.positions, tiles = ceil_div(positions, row_positions);
-    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size, n = blockIdx.x % tiles * row_positions + lane;
+    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size,
+              n = blockIdx.x % tiles * row_positions + lane;
     const std::int64_t image = blockIdx.x / tiles, offset = image * arguments.value_width * positions + n;
-    const T *const context = static_cast<const T*>(arguments.context) + offset, *const out = static_cast<const T*>(arguments.out) + offset;
+    const T *const context = static_cast<const T*>(arguments.context) + offset, *const out = static_cast<const T*>(
+                                                                                                 arguments.out) +
+                                                                                             offset;
     float term = 0, of_bias = 0;
     if (n < positions) {
 #pragma unroll 4
@@ -89,16 +95,18 @@ struct BackwardPlan {
     __host__ __device__ int ring() const { return a_panels + b_panels > 2 ? backward_stages : 0; }
     __host__ __device__ int slices() const { return a_panels > b_panels ? a_panels : b_panels; }
     __host__ __device__ int bytes() const {
-        return (4 + own() + ring()) * backward_panel_elements * 2 + 2 * 2 * backward_side * static_cast<int>(sizeof(float));
+        return (4 + own() + ring()) * backward_panel_elements * 2 +
+               2 * 2 * backward_side * static_cast<int>(sizeof(float));
     }
 };
 
-// A block owns 64 positions, a warp 16 of them, and walks over all others, 64 at a time. Blocks of queries make grad_query,
-// blocks of keys grad_key and grad_value, each 64 channels of them (the slice blockIdx.y) and p and e anew. With own = query
-// and other = key, or the reverse, and likewise for context and value, both do the same:
-//   logits = own_a · other_a        e = p (own_b · other_b - r)        grad_a += e other_a        (keys) grad_b += p other_b
-// The other side passes through shared memory in panels of 64 channels × 64 positions. The two that the slice needs again
-// for the gradients are kept until the tile is done.
+// A block owns 64 positions, a warp 16 of them, and walks over all others, 64 at a time. Blocks of queries make
+// grad_query, blocks of keys grad_key and grad_value, each 64 channels of them (the slice blockIdx.y) and p and e anew.
+// With own = query and other = key, or the reverse, and likewise for context and value, both do the same:
+//   logits = own_a · other_a        e = p (own_b · other_b - r)        grad_a += e other_a        (keys) grad_b += p
+//   other_b
+// The other side passes through shared memory in panels of 64 channels × 64 positions. The two that the slice needs
+// again for the gradients are kept until the tile is done.
 template <typename T>
 __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
     attention_backward_kernel(SABMN_GRID_CONSTANT(BackwardArguments) arguments) {
@@ -113,8 +121,8 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
     if (!has_a && !has_b) return;
     const int first_own = (of_image - (own_keys ? tiles : 0)) * side;
 
-    T* const kept = shared;                            // [2 tiles][a, b]
-    T* const own = kept + 4 * size;                    // [a panels + b panels], or a ring
+    T* const kept = shared;          // [2 tiles][a, b]
+    T* const own = kept + 4 * size;  // [a panels + b panels], or a ring
     T* const ring = own + plan.own() * size;
     float* const statistics = reinterpret_cast<float*>(ring + plan.ring() * size);  // [2 tiles][lse, r][64]
     const float* const lse = arguments.lse + image * 2 * positions;
@@ -141,8 +149,13 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
             // of queries: query and context; of keys: key and value
             const T* const of_queries = static_cast<const T*>(is_b ? arguments.context : arguments.query) + offset;
             const T* const of_keys = static_cast<const T*>(is_b ? arguments.value : arguments.key) + offset;
-            Panel<T> from = {(own_keys ? of_queries : of_keys) + tile * side, positions, chunks, rows, left,
-                             positions - tile * side, arguments.vectors};
+            Panel<T> from = {(own_keys ? of_queries : of_keys) + tile * side,
+                             positions,
+                             chunks,
+                             rows,
+                             left,
+                             positions - tile * side,
+                             arguments.vectors};
             from.copy_to(other_place(step));
             if (tile == 0 || !plan.keeps_own) {
                 from.data = (own_keys ? of_keys : of_queries) + first_own;
@@ -195,7 +208,8 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
         }
     };
     // grad[own, channel] += Σ over the positions of the tile
-    const auto accumulate = [&](Block(&grad)[panel / 16], const Operand(&weights)[side / 16], const T* from, int channels, int left) {
+    const auto accumulate = [&](Block(&grad)[panel / 16], const Operand(&weights)[side / 16], const T* from,
+                                int channels, int left) {
 #pragma unroll
         for (int j = 0; j < side / 16; ++j) {
             if (16 * j >= left) break;
@@ -271,7 +285,8 @@ struct ReduceArguments {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(reduce_threads) attention_reduce_kernel(SABMN_GRID_CONSTANT(ReduceArguments) arguments) {
+__global__ void __launch_bounds__(reduce_threads)
+    attention_reduce_kernel(SABMN_GRID_CONSTANT(ReduceArguments) arguments) {
     std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * reduce_threads + threadIdx.x;
     for (const auto& matrix : arguments.matrices) {
         if (i < matrix.size && i >= 0 && matrix.out) {

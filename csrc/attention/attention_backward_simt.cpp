@@ -49,7 +49,8 @@ SIMT_TEST(attention_backward_needs, bf16) {
     const Buffer<char> workspace(attention_backward_cuda_workspace(2, 16, 24, 8, 8, true));
     AttentionCudaGradients gradients{};
     gradients.grad_y = problem.map(grad_y), gradients.context = context.data(), gradients.gamma = grad_gamma.data();
-    expect(attention_backward_cuda(problem.arguments(), gradients, workspace.data(), nullptr) == ok, "the backward pass failed");
+    expect(attention_backward_cuda(problem.arguments(), gradients, workspace.data(), nullptr) == ok,
+           "the backward pass failed");
     simt::compare("grad_gamma", grad_gamma, [&](auto& sum) {
         for (std::size_t i = 0; i < context.size(); ++i) sum[0] += context[i] * problem.out[i];
     });

@@ -1,5 +1,5 @@
-// The forward pass on the GPU: the projections in one launch, attention with output projection and residual in a second.
-// Values wider than 256 channels take a third, for w_out: their slices meet only there.
+// The forward pass on the GPU: the projections in one launch, attention with output projection and residual in a
+// second. Values wider than 256 channels take a third, for w_out: their slices meet only there.
 
 #include "attention/attention_forward_kernels.cuh"
 #include "attention/attention_products.h"
@@ -49,7 +49,8 @@ cudaError_t attend(const AttentionCuda& in, const AttentionMap& y, cudaStream_t 
     arguments.key_width = in.key_width, arguments.value_width = in.value_width;
     arguments.query = in.query, arguments.key = in.key, arguments.value = in.value;
     arguments.out = in.out, arguments.lse = in.lse;
-    arguments.vectors = multiples_of(8, in.positions) && aligned(16, in.query) && aligned(16, in.key) && aligned(16, in.value);
+    arguments.vectors =
+        multiples_of(8, in.positions) && aligned(16, in.query) && aligned(16, in.key) && aligned(16, in.value);
     arguments.out_pairs = multiples_of(2, in.positions) && aligned(4, in.out);
     arguments.w_vectors = multiples_of(8, in.value_width) && aligned(16, in.w_out);
     arguments.w_out = in.value_width <= max_fused_width ? in.w_out : nullptr;
@@ -58,7 +59,8 @@ cudaError_t attend(const AttentionCuda& in, const AttentionMap& y, cudaStream_t 
     arguments.y = map_result(y, in.x, in.channels, in.positions, in.b_out, in.gamma);
     using Plan = ForwardPlan<width>;
     const dim3 grid(in.batch * ceil_div(in.positions, Plan::queries), ceil_div(in.value_width, width));
-    return launch(attention_forward_kernel<T, width>, grid, Plan::threads, Plan::shared_bytes(in.key_width), stream, arguments);
+    return launch(attention_forward_kernel<T, width>, grid, Plan::threads, Plan::shared_bytes(in.key_width), stream,
+                  arguments);
 }
 
 template <typename T>

@@ -1,14 +1,15 @@
 // Attention, output projection and residual in one kernel: out and y of attention_cuda.h.
 //
 // A warp owns 16 queries, a block `queries` of one image. Everything else passes through shared memory as a sequence of
-// panels of at most 16 KB, two under way while one is used: for every 128 keys the panels of the keys (64 channels each) and
-// then those of the values; after the last key the panels of w_out, 64 output channels each. Logits, probabilities and out
-// live in registers; out is stored for the backward pass, and used from where it is. Up to 128 keys the softmax is exact at
-// once; beyond, it is corrected whenever a row's maximum grows (Milakov and Gimelshein, 2018).
+// panels of at most 16 KB, two under way while one is used: for every 128 keys the panels of the keys (64 channels
+// each) and then those of the values; after the last key the panels of w_out, 64 output channels each. Logits,
+// probabilities and out live in registers; out is stored for the backward pass, and used from where it is. Up to 128
+// keys the softmax is exact at once; beyond, it is corrected whenever a row's maximum grows (Milakov and Gimelshein,
+// 2018).
 //
-// `width` is how many value channels a block has registers for, 64, 128 or 256; what is not needed of them is skipped, 16
-// channels at a time. Wider values are done in slices by different blocks, which compute the logits again and leave w_out to attention_product_kernel.
-// The width of queries and keys is free.
+// `width` is how many value channels a block has registers for, 64, 128 or 256; what is not needed of them is skipped,
+// 16 channels at a time. Wider values are done in slices by different blocks, which compute the logits again and leave
+// w_out to attention_product_kernel. The width of queries and keys is free.
 #pragma once
 
 #include "attention/attention_tiles.cuh"
@@ -24,7 +25,8 @@ template <int width>
 struct ForwardPlan {
     static constexpr int warps = width <= 64 ? 8 : 4, threads = warps * warp_size, queries = 16 * warps;
     static constexpr int blocks_per_sm = 2;
-    // Panels of queries that are kept for all keys; wider ones are fetched again. It all fits the 99 KB of a block on sm_120.
+    // Panels of queries that are kept for all keys; wider ones are fetched again. It all fits the 99 KB of a block on
+    // sm_120.
     static constexpr int query_slots = warps == 8 ? 3 : 4;
 
     static int shared_bytes(int key_width) {
@@ -38,11 +40,11 @@ struct ForwardArguments {
     const void *query, *key, *value, *w_out;
     void* out;
     float* lse;
-    bool vectors;       // rows of query, key and value may be copied 16 bytes at a time
-    bool w_vectors;     // and those of w_out
-    bool out_pairs;     // out may be stored 4 bytes at a time
+    bool vectors;    // rows of query, key and value may be copied 16 bytes at a time
+    bool w_vectors;  // and those of w_out
+    bool out_pairs;  // out may be stored 4 bytes at a time
     bool y_is_channels_last, writes_y;
-    ProductResult y;           // with rows and columns in the order of y_is_channels_last
+    ProductResult y;  // with rows and columns in the order of y_is_channels_last
 };
 
 template <typename T, int width>
@@ -85,16 +87,26 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
             const int rows = min(ceil_div(max(left, 0), 16) * 16, panel);
             const std::int64_t offset = static_cast<std::int64_t>(first) * positions;
             if (is_key && (tile == 0 || !keeps_queries)) {
-                const Panel<T> own = {query + offset + first_query, positions, queries / 8, rows, left,
-                                      positions - first_query, arguments.vectors};
+                const Panel<T> own = {query + offset + first_query, positions,        queries / 8, rows, left,
+                                      positions - first_query,      arguments.vectors};
                 own.copy_to(query_slot(tile, p));
             }
-            from = {(is_key ? key : value) + offset + tile * keys, positions, keys / 8, rows, left, positions - tile * keys,
+            from = {(is_key ? key : value) + offset + tile * keys,
+                    positions,
+                    keys / 8,
+                    rows,
+                    left,
+                    positions - tile * keys,
                     arguments.vectors};
         } else {
             const int p = step - attention_steps, channel = p / w_panels * w_rows, first = p % w_panels * w_depth;
-            from = {w_out + static_cast<std::int64_t>(channel) * values + first, values, w_depth / 8, w_rows,
-                    channels - channel, values - first, arguments.w_vectors};
+            from = {w_out + static_cast<std::int64_t>(channel) * values + first,
+                    values,
+                    w_depth / 8,
+                    w_rows,
+                    channels - channel,
+                    values - first,
+                    arguments.w_vectors};
         }
         if (step < steps) from.copy_to(ring + step % forward_stages * forward_panel_elements);
         cp_async_commit();
@@ -224,7 +236,8 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
             Operand residual;
             Block block;
             const int channel = first_value + 16 * i;
-            const int y_row = arguments.y_is_channels_last ? row : channel, y_column = arguments.y_is_channels_last ? channel : row;
+            const int y_row = arguments.y_is_channels_last ? row : channel,
+                      y_column = arguments.y_is_channels_last ? channel : row;
             y.load_residual(residual, y_row, y_column);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -247,7 +260,8 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
 #pragma unroll
         for (int j = 0; j < w_rows / 16; ++j) {
             const int c = channel + 16 * j;
-            y.load_residual(residual[j], arguments.y_is_channels_last ? row : c, arguments.y_is_channels_last ? c : row);
+            y.load_residual(residual[j], arguments.y_is_channels_last ? row : c,
+                            arguments.y_is_channels_last ? c : row);
         }
 #pragma unroll
         for (int p = 0; p < w_panels; ++p) {
@@ -268,7 +282,8 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
 #pragma unroll
         for (int j = 0; j < w_rows / 16; ++j) {
             const int c = channel + 16 * j;
-            y.store(products[j], residual[j], arguments.y_is_channels_last ? row : c, arguments.y_is_channels_last ? c : row);
+            y.store(products[j], residual[j], arguments.y_is_channels_last ? row : c,
+                    arguments.y_is_channels_last ? c : row);
         }
     }
 }

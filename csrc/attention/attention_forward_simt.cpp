@@ -20,9 +20,7 @@ SIMT_TEST(attention_forward_widths, bf16) {
     }
 }
 
-SIMT_TEST(attention_forward_wide, f16) {
-    Problem<T>({1, 40, 136, 320, 320, true, true, any()}).check_forward();
-}
+SIMT_TEST(attention_forward_wide, f16) { Problem<T>({1, 40, 136, 320, 320, true, true, any()}).check_forward(); }
 
 // The form of Zhang et al.: values as wide as x, no output projection.
 SIMT_TEST(attention_forward_without_w_out, bf16) {

@@ -11,8 +11,8 @@ cudaError_t launch_products(const Products& products, int count, int blocks, cud
         rows += ceil_div(products.product[i].row_ends[max_parts - 1], product_side);
         columns = std::max(columns, ceil_div(products.product[i].columns, product_side));
     }
-    return launch(attention_product_kernel<T>, dim3(columns, rows, blocks), product_threads, product_shared_bytes, stream,
-                  products);
+    return launch(attention_product_kernel<T>, dim3(columns, rows, blocks), product_threads, product_shared_bytes,
+                  stream, products);
 }
 
 template cudaError_t launch_products<bf16>(const Products&, int, int, cudaStream_t);

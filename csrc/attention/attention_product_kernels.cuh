@@ -1,11 +1,11 @@
 // The matrix products around the attention: projections, gradients of the input and of the weights.
 //
-// out[r, s] = Σ_k a[r, k] b[s, k], for every image, or (weights) summed over the images too. Where a matrix has parts, they
-// are separate tensors: along its rows (the stacked weights of query, key and value, and their products), or along the sum
-// (the gradient of the input, which is a sum over them). So nothing is concatenated in memory.
+// out[r, s] = Σ_k a[r, k] b[s, k], for every image, or (weights) summed over the images too. Where a matrix has parts,
+// they are separate tensors: along its rows (the stacked weights of query, key and value, and their products), or along
+// the sum (the gradient of the input, which is a sum over them). So nothing is concatenated in memory.
 //
-// A block of 8 warps owns 128 × 128 of the result, a warp 32 × 64 of them. The operands pass through shared memory in slices
-// of 32 elements of the sum; two slices are under way while one is multiplied.
+// A block of 8 warps owns 128 × 128 of the result, a warp 32 × 64 of them. The operands pass through shared memory in
+// slices of 32 elements of the sum; two slices are under way while one is multiplied.
 #pragma once
 
 #include <type_traits>
@@ -33,10 +33,12 @@ struct ProductSlice {
     }
 };
 
-// A thread's share of an operand's slices: two chunks of the tile, always the same ones. `along`: ProductOperand::along_sum.
+// A thread's share of an operand's slices: two chunks of the tile, always the same ones. `along`:
+// ProductOperand::along_sum.
 template <typename T, bool along>
 struct SliceCopier {
-    static constexpr int chunks = (along ? product_depth : product_side) / 8, rows_apart = product_threads / chunks, share = 2;
+    static constexpr int chunks = (along ? product_depth : product_side) / 8, rows_apart = product_threads / chunks,
+                         share = 2;
     static_assert(share * product_threads * 8 == product_slice && rows_apart % 8 == 0, "the threads share a slice");
 
     const ProductOperand& operand;
@@ -76,8 +78,8 @@ struct SliceCopier {
             const int in_tile = tile_row + i * rows_apart;
             const int size = along ? (first + in_tile < rows ? left - 8 * chunk : 0)
                                    : (in_tile < left ? rows - first - 8 * chunk : 0);
-            copy_chunk(tile + place + i * product_threads * 8, from[i], size, along ? operand.sum_stride : operand.row_stride,
-                       operand.vectors);
+            copy_chunk(tile + place + i * product_threads * 8, from[i], size,
+                       along ? operand.sum_stride : operand.row_stride, operand.vectors);
             from[i] += step;
         }
     }
@@ -130,13 +132,14 @@ __device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shar
             Operand left[2], right;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                load_operand<(a_along ? product_depth : product_side) / 8, !a_along>(left[i], tile, warp_row + 16 * i, k);
+                load_operand<(a_along ? product_depth : product_side) / 8, !a_along>(left[i], tile, warp_row + 16 * i,
+                                                                                     k);
             }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (j >= column_blocks) break;
                 load_operand<(b_along ? product_depth : product_side) / 8, !b_along>(right, tile + product_slice,
-                                                                                    warp_column + 16 * j, k);
+                                                                                     warp_column + 16 * j, k);
                 multiply<T>(sums[0][j], left[0], right);
                 multiply<T>(sums[1][j], left[1], right);
             }
@@ -158,7 +161,8 @@ __global__ void __launch_bounds__(product_threads, product_blocks_per_sm)
     const int warp = threadIdx.x / warp_size, warp_row = warp / 2 * 32, warp_column = warp % 2 * 64;
     Block sums[2][4] = {};
     const auto sum = [&](auto a_along, auto b_along) {
-        sum_product<T, a_along.value, b_along.value>(sums, product, shared, first_row, first_column, warp_row, warp_column);
+        sum_product<T, a_along.value, b_along.value>(sums, product, shared, first_row, first_column, warp_row,
+                                                     warp_column);
     };
     const std::true_type yes;
     const std::false_type no;
@@ -177,14 +181,16 @@ __global__ void __launch_bounds__(product_threads, product_blocks_per_sm)
                     const int lane = threadIdx.x % warp_size;
                     const int r = row + lane / 4 + e / 2 % 2 * 8;
                     const int c = first_column + warp_column + 16 * j + e / 4 * 8 + lane % 4 * 2 + e % 2;
-                    if (r < rows && c < columns) out[static_cast<std::int64_t>(r) * columns + c] = sums[i][j][e / 4][e % 4];
+                    if (r < rows && c < columns)
+                        out[static_cast<std::int64_t>(r) * columns + c] = sums[i][j][e / 4][e % 4];
                 }
             }
             continue;
         }
         // Blocks of 16 rows may lie across two parts: each part takes its own rows.
         for (int part = 0; part < (product.stacked ? max_parts : 1); ++part) {
-            const int begin = part ? product.row_ends[part - 1] : 0, end = product.row_ends[product.stacked ? part : max_parts - 1];
+            const int begin = part ? product.row_ends[part - 1] : 0,
+                      end = product.row_ends[product.stacked ? part : max_parts - 1];
             if (row + 16 <= begin || row >= end) continue;
             const BlockResult<T> result{product.results[part], blockIdx.z, end - begin, columns};
 #pragma unroll

@@ -13,8 +13,8 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 
 // ---- what a launch is told ----
 
-// out[row, column] = scale (value + bias) + residual; what is null is left out. `pairs`: two neighbours of a row lie side
-// by side and begin at a multiple of 4 bytes, here and in the residual.
+// out[row, column] = scale (value + bias) + residual; what is null is left out. `pairs`: two neighbours of a row lie
+// side by side and begin at a multiple of 4 bytes, here and in the residual.
 struct ProductResult {
     void* data;
     std::int64_t batch_stride, row_stride, column_stride;
@@ -42,9 +42,9 @@ struct Product {
     int columns;              // rows of b
     int depths[max_parts];    // of the parts of the sum; those that are not there 0
     int batch, images_per_block;
-    bool stacked;             // parts are along the rows of a, else along the sum
+    bool stacked;                      // parts are along the rows of a, else along the sum
     ProductResult results[max_parts];  // of the parts along the rows, else the first only
-    float* partial;           // [blocks in z, rows, columns] instead of a result
+    float* partial;                    // [blocks in z, rows, columns] instead of a result
 };
 
 // At most two products in one launch: the second has the blocks in y from first_blocks on.
@@ -66,7 +66,9 @@ bool multiples_of(int64_t unit, Numbers... numbers) {
     return (... && (static_cast<int64_t>(numbers) % unit == 0));
 }
 
-inline bool aligned(int64_t bytes, const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0; }
+inline bool aligned(int64_t bytes, const void* pointer) {
+    return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
 
 inline bool channels_last(const AttentionMap& map) { return map.channel_stride == 1 && map.position_stride != 1; }
 
@@ -78,8 +80,8 @@ inline void add_part(ProductOperand& operand, int part, const void* data, int64_
     operand.row_stride = row_stride, operand.sum_stride = sum_stride;
     operand.along_sum = sum_stride == 1;
     const bool side_by_side = operand.along_sum || row_stride == 1;
-    const bool vectors = side_by_side && aligned(16, data) &&
-                         multiples_of(8, batch_stride, operand.along_sum ? row_stride : sum_stride);
+    const bool vectors =
+        side_by_side && aligned(16, data) && multiples_of(8, batch_stride, operand.along_sum ? row_stride : sum_stride);
     operand.vectors = vectors && (part == 0 || operand.vectors);
 }
 
@@ -94,8 +96,8 @@ inline ProductResult plain_result(void* data, int64_t rows, int64_t columns, con
 }
 
 // y = scale (· + bias) + residual, transposed where y is channels_last.
-inline ProductResult map_result(const AttentionMap& y, const AttentionMap& residual, int64_t channels, int64_t positions,
-                         const void* bias, const float* scale) {
+inline ProductResult map_result(const AttentionMap& y, const AttentionMap& residual, int64_t channels,
+                                int64_t positions, const void* bias, const float* scale) {
     const bool last = channels_last(y);
     ProductResult result{};
     result.data = y.data, result.residual = residual.data;

@@ -24,15 +24,20 @@ struct Shape {
     }
     std::string text() const {
         std::string text;
-        for (const int64_t size : {batch, channels, positions, key_width, value_width}) text += std::to_string(size) + " ";
-        return text + (w_out ? "with" : "without") + " w_out" + (biases ? ", biases" : "") + (channels_last ? ", last" : "");
+        for (const int64_t size : {batch, channels, positions, key_width, value_width})
+            text += std::to_string(size) + " ";
+        return text + (w_out ? "with" : "without") + " w_out" + (biases ? ", biases" : "") +
+               (channels_last ? ", last" : "");
     }
 };
 
 template <typename T>
-constexpr DType dtype = std::is_same_v<T, bf16> ? DType::bfloat16 : std::is_same_v<T, f16> ? DType::float16 : DType::float32;
+constexpr DType dtype = std::is_same_v<T, bf16>  ? DType::bfloat16
+                        : std::is_same_v<T, f16> ? DType::float16
+                                                 : DType::float32;
 
-// What S makes of the formulas in attention_cuda.h. In float, every tensor that plain torch would store is rounded to T.
+// What S makes of the formulas in attention_cuda.h. In float, every tensor that plain torch would store is rounded to
+// T.
 template <typename T, typename S>
 class Definition {
   public:
@@ -66,7 +71,8 @@ class Definition {
     // The gradients for one of y, [B, C, N].
     void backward(const Values& grad_y) {
         context = grad_y;
-        if (shape.w_out) context = project(transposed(w_out, shape.channels), grad_y, {}, shape.value_width, shape.channels);
+        if (shape.w_out)
+            context = project(transposed(w_out, shape.channels), grad_y, {}, shape.value_width, shape.channels);
         map_gradients();
         grad_x = grad_y;
         const auto through = [&](const Values& w, const Values& grad, int64_t width) {
@@ -123,7 +129,8 @@ class Definition {
             for (int64_t r = 0; r < rows; ++r) {
                 for (int64_t c = 0; c < columns; ++c) {
                     const S* const from = &left[(b * rows + r) * size];
-                    result[r * columns + c] += std::inner_product(from, from + size, &right[(b * columns + c) * size], S(0));
+                    result[r * columns + c] +=
+                        std::inner_product(from, from + size, &right[(b * columns + c) * size], S(0));
                 }
             }
         }
@@ -195,7 +202,8 @@ class Definition {
     }
 };
 
-// Random tensors of a shape, with what a forward pass writes. `scale` is that of the weights: 1 keeps the logits near 1.
+// Random tensors of a shape, with what a forward pass writes. `scale` is that of the weights: 1 keeps the logits
+// near 1.
 template <typename T>
 struct Problem {
     Shape shape;
@@ -237,7 +245,9 @@ struct Problem {
                 value.data(),   out.data(),     lse.data()};
     }
 
-    void forward() const { expect(attention_forward_cuda(arguments(), map(y), nullptr) == ok, "the forward pass failed"); }
+    void forward() const {
+        expect(attention_forward_cuda(arguments(), map(y), nullptr) == ok, "the forward pass failed");
+    }
 
     template <typename Ours, typename Plain>
     void compare(const char* name, const Ours& ours, const Plain& plain, const std::vector<double>& reference) const {
@@ -273,14 +283,17 @@ struct Problem {
                         grad_w_key(w_key.size()), grad_w_value(w_value.size()), grad_w_out(w_out.size()),
                         grad_query(query.size()), grad_key(key.size()), grad_value(value.size()), context(value.size());
         const Buffer<float> grad_gamma(1);
-        const Buffer<char> workspace(attention_backward_cuda_workspace(shape.batch, shape.channels, shape.positions,
-                                                                       shape.key_width, shape.value_width, shape.w_out));
+        const Buffer<char> workspace(attention_backward_cuda_workspace(
+            shape.batch, shape.channels, shape.positions, shape.key_width, shape.value_width, shape.w_out));
         const std::vector<double> ordered = in_order(grad_y);
-        if (!shape.w_out) for (std::size_t i = 0; i < ordered.size(); ++i) context[i] = static_cast<T>(ordered[i]);
-        const AttentionCudaGradients gradients = {
-            map(grad_y),        map(grad_x),    grad_w_query.data(), grad_w_key.data(), grad_w_value.data(), given(grad_w_out),
-            grad_gamma.data(), context.data(), grad_query.data(),   grad_key.data(),   grad_value.data()};
-        expect(attention_backward_cuda(arguments(), gradients, workspace.data(), nullptr) == ok, "the backward pass failed");
+        if (!shape.w_out)
+            for (std::size_t i = 0; i < ordered.size(); ++i) context[i] = static_cast<T>(ordered[i]);
+        const AttentionCudaGradients gradients = {map(grad_y),       map(grad_x),         grad_w_query.data(),
+                                                  grad_w_key.data(), grad_w_value.data(), given(grad_w_out),
+                                                  grad_gamma.data(), context.data(),      grad_query.data(),
+                                                  grad_key.data(),   grad_value.data()};
+        expect(attention_backward_cuda(arguments(), gradients, workspace.data(), nullptr) == ok,
+               "the backward pass failed");
 
         Definition<T, float> plain(*this);
         plain.backward(std::vector<float>(ordered.begin(), ordered.end()));

@@ -1,9 +1,10 @@
 // What the attention's CUDA kernels share: tiles of 16-bit elements in shared memory, their way there, and the tensor
 // cores' operands.
 //
-// All products are made of blocks d[r, s] += Σ_k a[r, k] b[s, k], 16 × 16 × 16. An operand block holds 16 rows of one side
-// and 16 elements of the sum; it is the same four registers whether it stands left or right, and a result block d[r, s],
-// rounded, is an operand block with rows r and sum s. In a lane, with g = lane / 4 and t = lane % 4, a result block is
+// All products are made of blocks d[r, s] += Σ_k a[r, k] b[s, k], 16 × 16 × 16. An operand block holds 16 rows of one
+// side and 16 elements of the sum; it is the same four registers whether it stands left or right, and a result block
+// d[r, s], rounded, is an operand block with rows r and sum s. In a lane, with g = lane / 4 and t = lane % 4, a result
+// block is
 //   {{d[g][2t], d[g][2t+1], d[g+8][2t], d[g+8][2t+1]}, {the same of d[·][8 + ·]}}.
 #pragma once
 
@@ -21,14 +22,15 @@ constexpr float log2_e = 1.44269504f, minus_infinity = -INFINITY;
 
 // ---- tiles: rows of 8·chunks elements ----
 
-// Where the tile has a chunk, 16 bytes, of a row; chunks is 4, 8 or 16. A row's chunks are permuted so that the same chunk of
-// eight rows, which ldmatrix reads at once, lies in different banks.
+// Where the tile has a chunk, 16 bytes, of a row; chunks is 4, 8 or 16. A row's chunks are permuted so that the same
+// chunk of eight rows, which ldmatrix reads at once, lies in different banks.
 __device__ inline int chunk_place(int chunks, int row, int chunk) {
     return (row * chunks + (chunk ^ (chunks == 4 ? row >> 1 & 3 : row & 7))) * 8;
 }
 
-// Begins to fill a chunk with `size` elements (at most 8, or none) and then zeros. Neighbours are `stride` elements apart;
-// with `vectors` they lie side by side from a multiple of 16 bytes on. What cannot be copied asynchronously is stored.
+// Begins to fill a chunk with `size` elements (at most 8, or none) and then zeros. Neighbours are `stride` elements
+// apart; with `vectors` they lie side by side from a multiple of 16 bytes on. What cannot be copied asynchronously is
+// stored.
 template <typename T>
 __device__ inline void copy_chunk(T* to, const T* from, int size, std::int64_t stride, bool vectors) {
     if (vectors) {
@@ -37,14 +39,16 @@ __device__ inline void copy_chunk(T* to, const T* from, int size, std::int64_t s
         std::uint32_t pairs[4];
 #pragma unroll
         for (int e = 0; e < 8; e += 2) {
-            const std::uint32_t low = e < size ? from[e * stride].bits : 0, high = e + 1 < size ? from[(e + 1) * stride].bits : 0;
+            const std::uint32_t low = e < size ? from[e * stride].bits : 0,
+                                high = e + 1 < size ? from[(e + 1) * stride].bits : 0;
             pairs[e / 2] = low | high << 16;
         }
         *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }
 
-// Part of a matrix for a tile of `rows` rows and 8 or 16 chunks: `filled` rows are there, `stride` apart, with `size` elements each.
+// Part of a matrix for a tile of `rows` rows and 8 or 16 chunks: `filled` rows are there, `stride` apart, with `size`
+// elements each.
 template <typename T>
 struct Panel {
     const T* data;
@@ -56,8 +60,9 @@ struct Panel {
 #pragma unroll 1
         for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
             const int row = i >> shift, chunk = i & (chunks - 1);
-            copy_chunk(tile + chunk_place(chunks, row, chunk), data + static_cast<std::int64_t>(row) * stride + 8 * chunk,
-                       row < filled ? size - 8 * chunk : 0, 1, vectors);
+            copy_chunk(tile + chunk_place(chunks, row, chunk),
+                       data + static_cast<std::int64_t>(row) * stride + 8 * chunk, row < filled ? size - 8 * chunk : 0,
+                       1, vectors);
         }
     }
 };
@@ -67,9 +72,9 @@ struct Panel {
 using Operand = std::uint32_t[4];
 using Block = float[2][4];
 
-// Rows `row` … of one side and elements `k` … of the sum, multiples of 16. The tile's rows are the side's, or (`across`) the
-// sum's. What depends on the lane is computed once: the chunk, a multiple of 2, only changes bits that a lane's own place
-// has to itself.
+// Rows `row` … of one side and elements `k` … of the sum, multiples of 16. The tile's rows are the side's, or
+// (`across`) the sum's. What depends on the lane is computed once: the chunk, a multiple of 2, only changes bits that a
+// lane's own place has to itself.
 template <int chunks, bool across, typename T>
 __device__ inline void load_operand(Operand& operand, const T* tile, int row, int k) {
     const int lane = threadIdx.x % warp_size;
@@ -107,9 +112,9 @@ __device__ inline float2 unpack(std::uint32_t both) {
 
 // ---- results ----
 
-// A block of a tensor [channels, positions] that a warp holds as an operand: its rows are the positions from `position` on,
-// its sum the channels from `channel` on. `turned` becomes the same with rows and sum exchanged. `pairs`: two neighbours
-// begin at a multiple of 4 bytes.
+// A block of a tensor [channels, positions] that a warp holds as an operand: its rows are the positions from `position`
+// on, its sum the channels from `channel` on. `turned` becomes the same with rows and sum exchanged. `pairs`: two
+// neighbours begin at a multiple of 4 bytes.
 template <typename T>
 __device__ inline void store_turned(T* data, int channels, int positions, int channel, int position, bool pairs,
                                     const Operand& operand, Operand& turned) {
