@@ -18,14 +18,32 @@ SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 
 @dataclass(frozen=True)
 class Plan:
-    """How a kernel is launched: threads a block, dynamic shared memory at most, blocks that are to share an SM."""
+    """How a kernel is launched: threads a block, blocks that are to share an SM, dynamic shared memory in bytes.
+
+    The blocks are planned for ``planned_shared``, which the network's shapes take; the launch with the widest takes
+    ``dynamic_shared``. An SM of the small kind has 100 KB of shared memory, all others at least 164 KB.
+    """
 
     threads: int
     blocks_per_sm: int
     dynamic_shared: int = 0
+    planned_shared: int | None = None
+    blocks_per_small_sm: int | None = None
+
+    def blocks_on(self, target: str) -> int:
+        small = LIMITS[target].shared <= 100 << 10 and self.blocks_per_small_sm is not None
+        return self.blocks_per_small_sm if small else self.blocks_per_sm  # type: ignore[return-value]
 
 
 PLANS = {
+    # csrc/attention: ForwardPlan, BackwardPlan and the constants of the products.
+    "attention_forward_kernel<64>": Plan(256, 2, 96 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
+    "attention_forward_kernel<128>": Plan(128, 2, 80 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
+    "attention_forward_kernel<256>": Plan(128, 2, 80 << 10, blocks_per_small_sm=1),
+    "attention_backward_kernel": Plan(128, 2, 91136, planned_shared=50176, blocks_per_small_sm=1),
+    "attention_product_kernel": Plan(256, 2, 48 << 10),
+    "attention_row_term_kernel": Plan(256, 6),
+    "attention_reduce_kernel": Plan(256, 6),
     "device_probe_kernel": Plan(threads=1, blocks_per_sm=1),
     "spectral_norm_forward_rows_kernel": Plan(threads=256, blocks_per_sm=3),
     "spectral_norm_forward_columns_kernel": Plan(threads=256, blocks_per_sm=6),
@@ -67,11 +85,18 @@ class Resources:
 
     @property
     def name(self) -> str:
-        return re.sub(r"<.*", "", self.kernel)
+        """The name with its numbers, as in ``PLANS``: types change nothing of a plan."""
+        numbers = re.findall(r"\b\d+\b", "".join(re.findall(r"<.*", self.kernel)))
+        return re.sub(r"<.*", "", self.kernel) + (f"<{', '.join(numbers)}>" if numbers else "")
 
     @property
     def shared(self) -> int:
         return self.static_shared + PLANS[self.name].dynamic_shared
+
+    @property
+    def planned_shared(self) -> int:
+        planned = PLANS[self.name].planned_shared
+        return self.shared if planned is None else self.static_shared + planned
 
     @property
     def blocks_per_sm(self) -> int:
@@ -82,7 +107,7 @@ class Resources:
             limits.threads // (32 * warps),
             limits.blocks,
             limits.registers // registers,
-            limits.shared // (self.shared + 1024),
+            limits.shared // (self.planned_shared + 1024),
         )
 
 
@@ -135,7 +160,7 @@ def main() -> None:
                 share = kernel.blocks_per_sm * plan.threads / LIMITS[target].threads
                 print(
                     f"{kernel.kernel:<62} {target:<7} {kernel.registers:9} {kernel.spills:7} {kernel.stack:6} "
-                    f"{kernel.shared:7} {kernel.blocks_per_sm:9} ({plan.blocks_per_sm}) {share:24.0%}"
+                    f"{kernel.shared:7} {kernel.blocks_per_sm:9} ({plan.blocks_on(target)}) {share:24.0%}"
                 )
 
 

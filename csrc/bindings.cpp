@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/attention_cuda.h"
 #include "attention/workspace.h"
 #include "common/device.h"
 #include "common/dtype.h"
@@ -192,6 +193,66 @@ void define_spectral_norm_cuda(py::module_& m) {
     m.def("spectral_norm_cuda_workspace", spectral_norm_launch_workspace);
     m.def("spectral_norm_forward_cuda", spectral_norm_forward_launch);
     m.def("spectral_norm_backward_cuda", spectral_norm_backward_launch);
+}
+
+// (address, batch stride, channel stride, position stride)
+using MapFields = std::array<std::int64_t, 4>;
+
+AttentionMap attention_map(const MapFields& fields) {
+    return {pointer<void>(fields[0]), fields[1], fields[2], fields[3]};
+}
+
+// sizes: B, C, N, key width, value width. parameters: w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value,
+// b_out. saved: query, key, value, out, lse.
+AttentionCuda attention_arguments(int dtype, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
+                                  const std::array<std::uintptr_t, 9>& parameters,
+                                  const std::array<std::uintptr_t, 5>& saved) {
+    return {static_cast<DType>(dtype),     sizes[0],
+            sizes[1],                      sizes[2],
+            sizes[3],                      sizes[4],
+            attention_map(x),              pointer<void>(parameters[0]),
+            pointer<void>(parameters[1]),  pointer<void>(parameters[2]),
+            pointer<void>(parameters[3]),  pointer<float>(parameters[4]),
+            pointer<void>(parameters[5]),  pointer<void>(parameters[6]),
+            pointer<void>(parameters[7]),  pointer<void>(parameters[8]),
+            pointer<void>(saved[0]),       pointer<void>(saved[1]),
+            pointer<void>(saved[2]),       pointer<void>(saved[3]),
+            pointer<float>(saved[4])};
+}
+
+int attention_forward_launch(int dtype, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
+                             const std::array<std::uintptr_t, 9>& parameters,
+                             const std::array<std::uintptr_t, 5>& saved, const MapFields& y, std::uintptr_t stream) {
+    return attention_forward_cuda(attention_arguments(dtype, sizes, x, parameters, saved), attention_map(y),
+                                  pointer<void>(stream));
+}
+
+// gradients: of w_query, w_key, w_value, w_out, gamma; inner: context, then the gradients of query, key, value.
+int attention_backward_launch(int dtype, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
+                              const std::array<std::uintptr_t, 9>& parameters,
+                              const std::array<std::uintptr_t, 5>& saved, const MapFields& grad_y,
+                              const MapFields& grad_x, const std::array<std::uintptr_t, 5>& gradients,
+                              const std::array<std::uintptr_t, 4>& inner, std::uintptr_t workspace,
+                              std::uintptr_t stream) {
+    const AttentionCudaGradients g = {attention_map(grad_y),        attention_map(grad_x),
+                                      pointer<void>(gradients[0]),  pointer<void>(gradients[1]),
+                                      pointer<void>(gradients[2]),  pointer<void>(gradients[3]),
+                                      pointer<float>(gradients[4]), pointer<void>(inner[0]),
+                                      pointer<void>(inner[1]),      pointer<void>(inner[2]),
+                                      pointer<void>(inner[3])};
+    return attention_backward_cuda(attention_arguments(dtype, sizes, x, parameters, saved), g, pointer<void>(workspace),
+                                   pointer<void>(stream));
+}
+
+void define_attention_cuda(py::module_& m) {
+    using namespace py::literals;
+    m.def("attention_backward_cuda_workspace", attention_backward_cuda_workspace, "batch"_a, "channels"_a,
+          "positions"_a, "key_width"_a, "value_width"_a, "w_out"_a);
+    m.def("attention_forward_cuda", attention_forward_launch, py::call_guard<py::gil_scoped_release>(), "dtype"_a,
+          "sizes"_a, "x"_a, "parameters"_a, "saved"_a, "y"_a, "stream"_a);
+    m.def("attention_backward_cuda", attention_backward_launch, py::call_guard<py::gil_scoped_release>(), "dtype"_a,
+          "sizes"_a, "x"_a, "parameters"_a, "saved"_a, "grad_y"_a, "grad_x"_a, "gradients"_a, "inner"_a, "workspace"_a,
+          "stream"_a);
 }
 #endif
 
@@ -399,6 +460,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
 #ifdef SABMN_CUDA_TARGETS
     m.def("cuda_info", cuda_info);
     define_spectral_norm_cuda(m);
+    define_attention_cuda(m);
 #endif
     m.def("spectral_norm_workspace", spectral_norm_workspace);
     m.def("spectral_norm_forward", spectral_norm_forward);

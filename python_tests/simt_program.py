@@ -16,7 +16,7 @@ SANITIZERS = ("none", "thread", pytest.param("address", marks=pytest.mark.heavy)
 
 
 def registered_tests() -> list[str]:
-    """The names of the tests in csrc/*/*_simt.cpp, planted faults included."""
+    """The names of the tests in csrc/*/*_simt.cpp, planted faults included. Those that take long end in _heavy."""
     sources = sorted(ROOT.glob("csrc/*/*_simt.cpp"))
     return [name for source in sources for name in re.findall(r"^SIMT_TEST\((\w+)", source.read_text(), re.MULTILINE)]
 

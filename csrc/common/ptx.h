@@ -96,6 +96,13 @@ __device__ inline void ldmatrix_x4_trans(std::uint32_t (&matrices)[4], const voi
                  : "memory");
 }
 
+// An 8x8 matrix of 16-bit elements, held as ldmatrix gives it, transposed.
+__device__ inline std::uint32_t transpose_8x8(std::uint32_t matrix) {
+    std::uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
+    return transposed;
+}
+
 // d += a b for a [16, 16], b [16, 8], d [16, 8]; with g = lane / 4 and t = lane % 4 a lane holds
 //   a: {a[g][2t..], a[g+8][2t..], a[g][2t+8..], a[g+8][2t+8..]} two elements a register, the left one in the low half
 //   b: {b[2t..][g], b[2t+8..][g]}                               two elements a register, the upper one in the low half

@@ -103,6 +103,15 @@ inline void ldmatrix_x4_trans(std::uint32_t (&matrices)[4], const void* row, sim
     }
 }
 
+inline std::uint32_t transpose_8x8(std::uint32_t matrix, simt::Site site = simt::Site::here()) {
+    const auto all = simt::meet("transpose_8x8", 0xffffffffu, &matrix, sizeof matrix, site);
+    const int g = simt::lane() / 4, t = simt::lane() % 4;
+    const auto element = [&](int row, int column) {
+        return simt::of_lane<std::uint16_t[2]>(all, 4 * row + column / 2)[column % 2];
+    };
+    return element(2 * t, g) | static_cast<std::uint32_t>(element(2 * t + 1, g)) << 16;
+}
+
 // Products of 16-bit elements are exact in float; their sum is rounded once.
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],

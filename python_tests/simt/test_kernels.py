@@ -8,11 +8,14 @@ from simt_program import ROOT, SANITIZERS, registered_tests, run
 BOUNDS = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"
 KERNEL = re.compile(rf"__global__\s+{BOUNDS}void\s+{BOUNDS}(\w+)\s*\(")
 TESTS = [name for name in registered_tests() if not name.startswith("planted_")]
+HEAVY = [name for name in TESTS if name.endswith("_heavy")]
 SEEDS = "3"
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize(
+    "test", [pytest.param(name, marks=[pytest.mark.heavy] if name in HEAVY else []) for name in TESTS]
+)
 def test_kernel(sanitizer: str, test: str, seed: int) -> None:
     """Values and the order of threads and blocks are drawn anew for each of the seeds."""
     result = run(sanitizer, "--seed", str(seed), "--seeds", SEEDS, test)
@@ -31,7 +34,7 @@ def test_every_kernel_has_a_test_that_runs_it(seed: int) -> None:
         assert len(found) == code.count("__global__"), f"{source}: a kernel that this test cannot read"
         kernels.update(found)
     launched = set()
-    for test in TESTS:
+    for test in sorted(set(TESTS) - set(HEAVY)):
         said = run("none", "--seed", str(seed), "--seeds", SEEDS, test).stdout
         launched.update(re.findall(r"^kernel (\w+)", said, re.MULTILINE))
     assert kernels

@@ -53,9 +53,9 @@ def self_attention2d(
     the N = H·W positions, unscaled; ``a = w_out out + b_out``.
 
     Args:
-        x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16 (the CPU computes the 16-bit types in
-            float32). C++ kernels serve the CPU, plain torch every other device. The N×N map is stored nowhere, except
-            by second derivatives: O(B·N²).
+        x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16. C++ kernels serve the CPU (the 16-bit
+            types computed in float32), CUDA kernels the 16-bit types on NVIDIA GPUs, plain torch all else. The N×N map
+            is stored nowhere, except by second derivatives: O(B·N²).
         w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
         w_value: ``[value width, C]``.
         w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.
@@ -248,7 +248,11 @@ for _operation, _implementation, _fake in (
         _gradient_outputs((x, *rest[: _N_INPUTS - 1]), rest[-2], _empty_on(x.device))
     )),
 ):
-    dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
+    dispatch.register(
+        _operation,
+        cuda=dispatch.native_cuda(torch.bfloat16, torch.float16),
+        cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
+    )
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)
     _vmap = functools.partial(_one_by_one, getattr(torch.ops.sabmn_ext, _operation))

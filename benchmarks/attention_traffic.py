@@ -1,0 +1,164 @@
+"""Bytes that the CUDA launches of self-attention move, and their tensor-core instructions, from the shapes.
+
+    python benchmarks/attention_traffic.py [--batch 64] [--stages 1 2 3 4]
+
+`distinct` counts every byte once that a launch reads or writes. `floor` leaves out what only its cutting into blocks
+costs: of the weights' gradients one partial sum is written. `read again` comes on top of distinct, from L2. `mma` are
+the m16n8k16 instructions issued, `least` those that the products' sizes need; in the attention's gradients the logits
+and their slopes are found twice, once by the owners of queries and once by those of keys, for no sum is atomic. The
+one-pass floor is that of the whole operation: x in and y out; x, grad_y in and grad_x out.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+ELEMENT = 2  # bytes of bfloat16 and float16
+FLOAT = 4
+MMA = 16 * 8 * 16  # multiplications of one instruction
+
+# csrc/attention/*_kernels.cuh and attention_backward_cuda.cu
+SIDE, DEPTH = 128, 32  # of the products' blocks and slices
+KEYS, OUT_CHANNELS = 128, 64  # of the forward panels
+BACKWARD_SIDE = BACKWARD_PANEL = 64
+ROW_POSITIONS = 32
+WEIGHT_BLOCKS = 128
+
+# ResNet-50 at 256 × 128, last stride 1: stage → channels, positions, width
+STAGES = {1: (256, 2048, 32), 2: (512, 512, 64), 3: (1024, 128, 128), 4: (2048, 128, 256)}
+
+
+@dataclass
+class Launch:
+    distinct: int  # bytes
+    floor: int
+    read_again: int
+    mma: int
+    least: int
+
+
+def ceil_to(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def blocks(size: int, unit: int) -> int:
+    return -(-size // unit)
+
+
+def product_mma(rows: int, columns: int, *depths: int) -> int:
+    """A product by blocks of 128 × 128: a warp has 32 rows, and skips what has no columns, 16 at a time."""
+    return ceil_to(rows, 32) * ceil_to(columns, 16) * sum(ceil_to(depth, DEPTH) for depth in depths) // MMA
+
+
+def weight_groups(batch: int, channels: int, width: int, value_width: int) -> int:
+    """How many partial sums the weights' gradients have: one for each group of images."""
+    stacked = 2 * width + value_width
+    tiles = blocks(stacked, SIDE) * blocks(channels, SIDE) + blocks(channels, SIDE) * blocks(value_width, SIDE)
+    wanted = min(max(WEIGHT_BLOCKS // tiles, 1), max(batch, 1))
+    return blocks(batch, blocks(batch, wanted))
+
+
+def workspace(batch: int, channels: int, positions: int, width: int, value_width: int) -> int:
+    """Bytes of the backward workspace, with an output projection."""
+    groups = weight_groups(batch, channels, width, value_width)
+    pieces = [batch * positions, batch * blocks(positions, ROW_POSITIONS)]
+    pieces += [groups * (2 * width + value_width) * channels, groups * channels * value_width]
+    return FLOAT * sum(ceil_to(piece, 64) for piece in pieces)
+
+
+def traffic(batch: int, channels: int, positions: int, width: int, value_width: int) -> dict[str, Launch]:
+    """Every launch of a forward and a backward pass with an output projection, values of at most 256 channels."""
+    stacked, n = 2 * width + value_width, positions
+    image, query, value = (batch * c * n * ELEMENT for c in (channels, width, value_width))
+    inner = 2 * query + value
+    weights, w_out = channels * stacked * ELEMENT, channels * value_width * ELEMENT
+    row_floats = batch * n * FLOAT
+    groups = weight_groups(batch, channels, width, value_width)
+    partial = FLOAT * channels * (stacked + value_width)
+    column_tiles, x_tiles = batch * blocks(n, SIDE), blocks(channels, SIDE)
+
+    queries = 128 if value_width <= 64 else 64
+    query_tiles, own_tiles = blocks(n, queries), blocks(n, BACKWARD_SIDE)
+    width16, value16 = ceil_to(width, 16), ceil_to(value_width, 16)
+    rows = batch * query_tiles * queries
+    slices_a, slices_b = blocks(width, BACKWARD_PANEL), blocks(value_width, BACKWARD_PANEL)
+    logits = (width16 + value16) * (slices_a + max(slices_a, slices_b))  # of queries' and of keys' owners
+    sums = sum(min(ceil_to(size - first, 16), BACKWARD_PANEL)
+               for size, first in [(width, 64 * i) for i in range(slices_a)] * 2
+               + [(value_width, 64 * i) for i in range(slices_b)])  # fmt: skip
+    pairs = batch * ceil_to(n, 16) * ceil_to(n, 16)  # a warp without positions of its own is idle
+    all_pairs = batch * ceil_to(n, 16) * own_tiles * BACKWARD_SIDE
+    launch = Launch
+    return {
+        "forward projections": launch(
+            image + weights + inner, image + weights + inner,
+            (column_tiles - 1) * weights + (blocks(stacked, SIDE) - 1) * image,
+            batch * product_mma(stacked, n, channels), batch * stacked * n * channels // MMA,
+        ),
+        "forward attention": launch(
+            2 * image + inner + w_out + value + 2 * row_floats, 2 * image + inner + w_out + value + 2 * row_floats,
+            (query_tiles - 1) * (query + value) + (batch * query_tiles - 1) * w_out,
+            rows * (ceil_to(n, KEYS) * width16 + ceil_to(n, 16) * value16
+                    + ceil_to(channels, OUT_CHANNELS) * value16) // MMA,
+            batch * n * (n * (width + value_width) + channels * value_width) // MMA,
+        ),
+        "backward context": launch(
+            image + w_out + value, image + w_out + value,
+            (column_tiles - 1) * w_out + (blocks(value_width, SIDE) - 1) * image,
+            batch * product_mma(value_width, n, channels), batch * value_width * n * channels // MMA,
+        ),
+        "backward row terms": launch(
+            2 * value + row_floats + FLOAT * batch * blocks(n, ROW_POSITIONS), 2 * value + row_floats, 0, 0, 0
+        ),
+        "backward attention": launch(
+            2 * inner + value + 3 * row_floats, 2 * inner + value + 3 * row_floats,
+            ((own_tiles * slices_a + own_tiles * max(slices_a, slices_b)) - 1) * (2 * query + 2 * value) // 2,
+            (all_pairs * logits + pairs * sums) // MMA,
+            batch * n * n * (3 * width + 2 * value_width) // MMA,
+        ),
+        "backward x": launch(
+            2 * image + weights + inner, 2 * image + weights + inner,
+            (column_tiles - 1) * weights + (x_tiles - 1) * inner,
+            batch * product_mma(channels, n, width, width, value_width), batch * stacked * n * channels // MMA,
+        ),
+        "backward weights": launch(
+            2 * image + inner + value + groups * partial, 2 * image + inner + value + partial,
+            (x_tiles - 1) * (inner + value) + (blocks(stacked, SIDE) + blocks(value_width, SIDE) - 2) * image,
+            batch * (product_mma(stacked, channels, n) + product_mma(channels, value_width, n)),
+            batch * n * channels * (stacked + value_width) // MMA,
+        ),
+        "backward sums": launch(
+            groups * partial + weights + w_out, groups * partial + weights + w_out, 0, 0, 0
+        ),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=list(STAGES))
+    options = parser.parse_args()
+    for stage in options.stages:
+        channels, positions, width = STAGES[stage]
+        launches = traffic(options.batch, channels, positions, width, width)
+        print(f"stage {stage}: B {options.batch}, C {channels}, N {positions}, d {width}; MB, millions of mma")
+        print(
+            f"{'launch':<20} {'distinct':>9} {'floor':>8} {'ratio':>6} {'read again':>11} {'mma':>8} {'least':>8} ratio"
+        )
+        for name, one in launches.items():
+            mma = f"{one.mma / one.least:5.2f}" if one.least else ""
+            print(
+                f"{name:<20} {one.distinct / 1e6:9.1f} {one.floor / 1e6:8.1f} {one.distinct / one.floor:6.2f} "
+                f"{one.read_again / 1e6:11.1f} {one.mma / 1e6:8.2f} {one.least / 1e6:8.2f} {mma}"
+            )
+        image = options.batch * channels * positions * ELEMENT
+        for way, images in (("forward", 2), ("backward", 3)):
+            some = [one for name, one in launches.items() if name.startswith(way)]
+            total, mma, least = (sum(getattr(one, what) for one in some) for what in ("distinct", "mma", "least"))
+            print(
+                f"{way}: {len(some)} launches, {total / 1e6:.0f} MB, one-pass floor {images * image / 1e6:.0f} MB, "
+                f"ratio {total / (images * image):.2f}; mma {mma / least:.2f} × the least"
+            )
+
+
+if __name__ == "__main__":
+    main()

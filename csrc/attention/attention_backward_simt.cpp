@@ -1,0 +1,66 @@
+// The backward kernels against the definition in float64: odd sizes, widths, both memory formats, biases.
+
+#include "attention/attention_simt.h"
+
+namespace {
+
+template <typename T>
+void check(const Shape& shape) {
+    const Problem<T> problem(shape);
+    problem.forward();
+    problem.check_backward();
+}
+
+}  // namespace
+
+SIMT_TEST(attention_backward_positions, bf16, f16) {
+    for (const int64_t positions : {1, 7, 64, 127}) check<T>({2, 24, positions, 17, 40, true, any(), any()});
+}
+
+SIMT_TEST(attention_backward_streams, bf16) { check<T>({3, 40, 136, 32, 17, true, any(), any()}); }
+
+// Slices, with the own side kept (at most 4 panels) and fetched again.
+SIMT_TEST(attention_backward_widths, bf16) {
+    check<T>({1, 24, 72, 128, 72, true, any(), any()});
+    check<T>({1, 24, 129, 200, 136, true, any(), any()});
+}
+
+SIMT_TEST(attention_backward_without_w_out, bf16) { check<T>({1, 136, 33, 8, 136, false, any(), any()}); }
+
+SIMT_TEST(attention_backward_long_heavy, bf16) {
+    check<T>({1, 24, 512, 64, 64, true, any(), any()});
+    check<T>({1, 24, 2047, 32, 32, true, any(), any()});
+}
+
+SIMT_TEST(attention_backward_wide_heavy, f16) {
+    check<T>({1, 40, 129, 256, 256, true, any(), any()});
+    check<T>({2, 40, 72, 320, 320, true, any(), any()});
+}
+
+// What is not wanted is left alone, and γ = 0 is no special case.
+SIMT_TEST(attention_backward_needs, bf16) {
+    const Problem<T> problem({2, 16, 24, 8, 8});
+    problem.gamma[0] = 0;
+    problem.forward();
+    expect(std::equal(problem.x.begin(), problem.x.end(), problem.y.begin(), [](float x, float y) { return x == y; }),
+           "y is not x at gamma = 0");
+    const Buffer<T> grad_y = simt::random<T>(problem.x.size()), context(problem.value.size());
+    const Buffer<float> grad_gamma(1);
+    const Buffer<char> workspace(attention_backward_cuda_workspace(2, 16, 24, 8, 8, true));
+    AttentionCudaGradients gradients{};
+    gradients.grad_y = problem.map(grad_y), gradients.context = context.data(), gradients.gamma = grad_gamma.data();
+    expect(attention_backward_cuda(problem.arguments(), gradients, workspace.data(), nullptr) == ok,
+           "the backward pass failed");
+    simt::compare("grad_gamma", grad_gamma, [&](auto& sum) {
+        for (std::size_t i = 0; i < context.size(); ++i) sum[0] += context[i] * problem.out[i];
+    });
+}
+
+SIMT_TEST(attention_refuses, void) {
+    AttentionCuda arguments{};
+    arguments.dtype = DType::float64, arguments.batch = arguments.positions = 1;
+    expect(attention_forward_cuda(arguments, {}, nullptr) == unsupported_dtype, "a type without kernels is taken");
+    arguments.dtype = DType::bfloat16, arguments.batch = 1 << 16;
+    expect(attention_forward_cuda(arguments, {}, nullptr) == unsupported_size, "too many images are taken");
+    expect(attention_backward_cuda(arguments, {}, nullptr, nullptr) == unsupported_size, "too many images are taken");
+}

@@ -1,0 +1,36 @@
+// The forward kernels against the definition in float64: odd sizes, widths, both memory formats, biases, large logits.
+
+#include "attention/attention_simt.h"
+
+// Without and with alignment to 16 bytes, one tile and several, and both memory formats.
+SIMT_TEST(attention_forward_positions, bf16, f16) {
+    for (const int64_t positions : {1, 7, 127, 128}) {
+        Problem<T>({2, 24, positions, 17, 17, true, false, any()}).check_forward();
+    }
+}
+
+SIMT_TEST(attention_forward_streams, bf16) {
+    Problem<T>({1, 20, 129, 17, 40}).check_forward();
+    Problem<T>({1, 32, 264, 32, 32, true, false, true}).check_forward();
+}
+
+SIMT_TEST(attention_forward_widths, bf16) {
+    for (const int64_t width : {1, 40, 128, 200}) {
+        Problem<T>({1, 136, 72, width, width, true, true, any()}).check_forward();
+    }
+}
+
+SIMT_TEST(attention_forward_wide, f16) { Problem<T>({1, 40, 136, 320, 320, true, true, any()}).check_forward(); }
+
+// The form of Zhang et al.: values as wide as x, no output projection.
+SIMT_TEST(attention_forward_without_w_out, bf16) {
+    for (const bool last : {false, true}) Problem<T>({1, 264, 33, 32, 264, false, true, last}).check_forward();
+}
+
+SIMT_TEST(attention_forward_long_heavy, bf16) {
+    Problem<T>({1, 24, 512, 64, 64, true, true, false}).check_forward();
+    Problem<T>({1, 24, 2047, 32, 32, true, false, true}).check_forward();
+}
+
+// Rows that are near one-hot: logits of some hundreds.
+SIMT_TEST(attention_forward_large_logits, bf16, f16) { Problem<T>({1, 64, 136, 64, 24}, 4).check_forward(); }
