@@ -1,7 +1,7 @@
 """Self-attention over a feature map, y = γ·a + x, as one operation: schema, checks, dispatch, autograd.
 
 The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020);
-the kernels are called in ``ops/cpu/``::
+the kernels are called in ``ops/cpu/`` and ``ops/cuda/``::
 
     self_attention2d → _Attention → sabmn_ext::attention_forward                (no gradient of its own)
             backward → _AttentionGradient → sabmn_ext::attention_backward       (no gradient of its own)
