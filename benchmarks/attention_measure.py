@@ -11,7 +11,7 @@ from statistics import median, quantiles
 
 import cuda_timing
 import torch
-from attention_cases import (
+from attention_settings import (
     DTYPES,
     FORWARD,
     PASSES,

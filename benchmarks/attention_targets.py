@@ -7,7 +7,7 @@ the same run.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from attention_cases import FORWARD, STAGES, TRAINING
+from attention_settings import FORWARD, STAGES, TRAINING
 from attention_report import Row, threads
 
 SHARE_OF_MM = {FORWARD: 0.8, TRAINING: 0.7}

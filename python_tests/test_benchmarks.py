@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import attention_bench
-import attention_cases as cases
+import attention_settings as cases
 import attention_measure
 import cuda_timing
 import pytest
