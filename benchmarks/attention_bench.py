@@ -27,9 +27,9 @@ from typing import NoReturn
 
 import cuda_timing
 import torch
-from attention_settings import DTYPES, FORMATS, STAGES, Setting, parse_shape, rivals_on
 from attention_measure import PASS_NAMES, Traced, measure, note, write_trace
 from attention_report import Row, plot, table, threads, write_csv
+from attention_settings import DTYPES, FORMATS, STAGES, Setting, parse_shape, rivals_on
 from attention_targets import target_table, targets
 
 from sabmn_ext.ops import dispatch

@@ -11,6 +11,7 @@ from statistics import median, quantiles
 
 import cuda_timing
 import torch
+from attention_report import Row, threads
 from attention_settings import (
     DTYPES,
     FORWARD,
@@ -26,7 +27,6 @@ from attention_settings import (
     floor_bytes,
     operations,
 )
-from attention_report import Row, threads
 from peak_memory import fresh_process, peak_bytes
 from timing import Run, sgemm, synchronize, timed, wall_clock
 from torch import nn

@@ -7,8 +7,8 @@ the same run.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from attention_settings import FORWARD, STAGES, TRAINING
 from attention_report import Row, threads
+from attention_settings import FORWARD, STAGES, TRAINING
 
 SHARE_OF_MM = {FORWARD: 0.8, TRAINING: 0.7}
 TIMES_EAGER = {FORWARD: (4, 1.3, 1.05, 0.97), TRAINING: (3, 1.2, 1.05, 0.97)}  # at stages 1 to 4

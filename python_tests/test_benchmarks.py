@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import attention_bench
-import attention_settings as cases
 import attention_measure
+import attention_settings as cases
 import cuda_timing
 import pytest
 import timing
