@@ -176,7 +176,7 @@ def test_bad_files_give_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "features.npz is not a whole .npz file" in error_of(capsys, "--features", file)
 
     np.save(tmp_path / "one.npy", np.zeros((3, 3)))
-    assert "one bare array" in error_of(capsys, "--features", tmp_path / "one.npy")
+    assert "it is no archive" in error_of(capsys, "--features", tmp_path / "one.npy")
     assert "no such file" in error_of(capsys, "--features", tmp_path / "none.npz")
     assert "no folder" in error_of(capsys, "--features", write(tmp_path), "--json", tmp_path / "none" / "a.json")
     assert "--flip goes with --checkpoint" in error_of(capsys, "--features", write(tmp_path), "--flip")

@@ -37,10 +37,9 @@ def read_features(source: Path) -> dict[str, np.ndarray]:
 
 def _unpacked(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     try:
-        archive = np.load(file, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("it holds one bare array; write it with numpy.savez")
-        with archive:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is no archive, or cut off; write it with numpy.savez")
+        with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in (*NEEDED, *OPTIONAL) if name in archive.files}, archive.files
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is not a whole .npz file of plain arrays: {error}") from None
