@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from sabmn_ext.ops.cpu.buffers import release
+
 Run = Callable[[], object]
 
 # glibc: blocks of this size and more are mapped one by one. Set, it also stops growing on its own.
@@ -37,9 +39,13 @@ def fresh_process() -> Iterator[ProcessPoolExecutor]:
 
 
 def peak_bytes(run: Run, device: str = "cpu") -> int | None:
-    """Peak extra bytes of one call, after one to warm up; None where the system cannot tell (it takes Linux)."""
+    """Peak extra bytes of one call, after one to warm up; None where the system cannot tell (it takes Linux).
+
+    What the operations keep from one call for the next counts as needed.
+    """
     run()
     gc.collect()
+    release()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -104,11 +104,9 @@ def check(draws: list[Inputs], backend: str | None) -> list[Tensor]:
 def peak_of_first_step(backend: str, sizes: tuple[int, ...]) -> int | None:
     """Peak extra bytes of a first forward and backward, results included; ``eager`` is the literal.
 
-    In a ``fresh_process``. The call that warms up is smaller: the kernels keep a step's memory for the next like it.
+    In a ``fresh_process``.
     """
-    batch, channels, _, _, *widths = sizes
-    steps = iter([step(backend, (batch, channels, 2, 2, *widths)), step(backend, sizes)])
-    return peak_bytes(lambda: next(steps)())
+    return peak_bytes(step(backend, sizes))
 
 
 def step(backend: str, sizes: tuple[int, ...]) -> Callable[[], object]:

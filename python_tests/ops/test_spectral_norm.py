@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
-from sabmn_ext.ops.cpu.buffers import KEPT_CALLS, Buffers
+from sabmn_ext.ops.cpu.buffers import KEPT_CALLS, Buffers, release
 from sabmn_ext.ops.spectral_norm import spectral_norm
 
 SHAPES = [(1, 1), (3, 5), (7, 1, 3, 3), (1, 17), (19, 1), (65, 33), (130, 3, 5, 5), (31, 129)]
@@ -222,6 +222,16 @@ def test_unused_memory_is_given_back() -> None:
     del alive
     buffers.empty_like([small], torch.float32)
     assert len(buffers) == 0
+
+
+def test_memory_is_released_on_request() -> None:
+    buffers = Buffers()
+    alive = buffers.empty_like([torch.empty(300, 301), torch.empty(301, 301)], torch.float32)
+    release()
+    assert len(buffers) == 2
+    alive.pop()
+    release()
+    assert len(buffers) == 1
 
 
 def test_gradcheck_and_gradgradcheck() -> None:

@@ -7,6 +7,7 @@ again and again, and the last step's are released by then.
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,15 @@ class _Buffer:
         return self._references() == self._references_when_free
 
 
+_pools: "weakref.WeakSet[Buffers]" = weakref.WeakSet()
+
+
+def release() -> None:
+    """Give back the memory that all operations keep for their next outputs (as ``torch.cuda.empty_cache`` does)."""
+    for pool in list(_pools):
+        pool.release()
+
+
 class Buffers:
     """Hands out tensors; knows by their reference counts which ones torch has released.
 
@@ -46,6 +56,7 @@ class Buffers:
         self._buffers: dict[int, list[_Buffer]] = {}
         self._calls = 0
         self._lock = threading.Lock()
+        _pools.add(self)
 
     def empty_like(self, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Uninitialised tensors with the shapes and strides of the dense ``tensors``."""
@@ -58,6 +69,12 @@ class Buffers:
             results = [self._empty_strided(*layout) for layout in layouts]
             self._give_back()
         return results
+
+    def release(self) -> None:
+        """Give back all memory that no tensor stands on."""
+        with self._lock:
+            for nbytes, buffers in self._buffers.items():
+                self._buffers[nbytes] = [b for b in buffers if not b.is_free()]
 
     def __len__(self) -> int:
         return sum(len(buffers) for buffers in self._buffers.values())
