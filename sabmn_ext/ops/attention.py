@@ -187,6 +187,7 @@ def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool], em
     return empty([_image_layout(x), *layouts[1:]] if needs[0] else layouts)
 
 
+@functools.lru_cache
 def _kernels(backend: str) -> Any:
     """The module that calls the kernels of a backend: forward(…) and backward(…), which fill the outputs.
 

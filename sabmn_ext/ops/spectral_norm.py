@@ -4,6 +4,7 @@ The formulas stand in ``reference.spectral_norm``. A weight of any shape is the 
 kernels are called in ``ops/cpu/``, ``ops/cuda/`` and ``ops/triton/``.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from itertools import chain
@@ -252,6 +253,7 @@ class _SpectralNormBackward(torch.autograd.Function):
 # ---- the ops themselves (private: a direct call has no gradient) ----
 
 
+@functools.lru_cache
 def _kernels(backend: str) -> Any:
     """The module whose ``forward`` and ``backward`` fill lists of dense tensors."""
     return importlib.import_module(f"sabmn_ext.ops.{backend}.spectral_norm")
