@@ -117,9 +117,7 @@ void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys
     Softmax<F> softmax;
     load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count, query);
     for (int64_t i = 0; i < N; i += chunk) {
-        const int64_t part = smaller(chunk, N - i), soon = C * i / N, later = C * (i + part) / N;
-        x.template prefetch<0>(soon, later - soon);
-        to.template prefetch<1>(soon, later - soon);
+        const int64_t part = smaller(chunk, N - i);
         const F* const key = keys + cut.at(image, dk, i);
         const F* const value = values + cut.at(image, dv, i);
         product(part, count, dk, Left<F>{key, 1, cut.positions}, query, lanes, map, lanes, false);

@@ -144,16 +144,6 @@ struct Window {
         }
     }
 
-    // Brings channels nearer, to be read (or written) soon: their lines lie too far apart for the processor to foresee.
-    template <int write>
-    void prefetch(std::int64_t first_channel, std::int64_t channels) const {
-        const T* from = base + first_channel * channel_stride + offset[0];
-        if (!contiguous()) return;
-        for (std::int64_t channel = 0; channel < channels; ++channel, from += channel_stride)
-            for (std::int64_t at = 0; at < count; at += 64 / static_cast<std::int64_t>(sizeof(T)))
-                __builtin_prefetch(from + at, write, 2);
-    }
-
 private:
     void clear_after(std::int64_t channels, F* tile, std::int64_t width) const {
         for (std::int64_t channel = 0; channel < channels; ++channel)

@@ -224,14 +224,6 @@ double exact_distance(const Sides& sides, const Scratch& scratch, double query_n
     return metric == Metric::cosine ? cosine_distance(total, query_norm, tile.packed.norms[j]) : total;
 }
 
-// For the next exact distance: rows apart are a page apart, where no processor looks ahead by itself.
-void prefetch_row(const Matrix& matrix, int64_t row) {
-    const int64_t size = matrix.dtype == DType::float64 ? 8 : matrix.dtype == DType::float32 ? 4 : 2;
-    const char* start = static_cast<const char*>(matrix.data) + row * matrix.row_stride * size;
-    if (matrix.column_stride != 1) return;
-    for (int64_t byte = 0; byte < matrix.columns * size; byte += 64) __builtin_prefetch(start + byte);
-}
-
 // lo and hi of the query's pairs with the tile; ∞ where the item has the query's own pid.
 void enclose(const Sides& sides, const float* product, float square, float length, float error, int32_t pid,
              const Tile& tile, const Scratch& scratch) {
@@ -383,7 +375,6 @@ struct Counter {
         }
         for (int64_t i = 0; i < num_listed; ++i) {
             const int64_t j = scratch.listed[i];
-            if (i + 1 < num_listed) prefetch_row(sides.gallery, tile.items[scratch.listed[i + 1]]);
             const double distance = exact_distance<metric>(sides, scratch, query_norm, tile, j);
             if (scratch.uncertain[j] & 2) ++scratch.histogram[bin_of(distance, sides.bins)];
             if (scratch.uncertain[j] & 1) count(j, sides.labels.first + tile.items[j], distance);
