@@ -151,7 +151,11 @@ def test_pip_install_in_isolation(tmp_path: Path, mode: str, path_without_nvcc: 
     """No torch, pybind11 or ninja in the environment; the build fetches what it needs."""
     tree = copy_sources(tmp_path / "tree")
     python_program, pip = fresh_environment(tmp_path / "environment")
-    variables = {"SABMN_CUDA": "wheels", "PATH": path_without_nvcc} if mode == "wheels" else {"SABMN_CUDA": "0"}
+    variables = (
+        {"SABMN_CUDA": "wheels", "SABMN_CUDA_ARCHS": "9.0", "PATH": path_without_nvcc}
+        if mode == "wheels"
+        else {"SABMN_CUDA": "0"}
+    )
     flags = ["-e"] if mode == "editable" else []
     installed = run(pip, "install", "--no-deps", *flags, ".", cwd=tree, **variables)
     assert installed.returncode == 0, installed.stdout + installed.stderr
