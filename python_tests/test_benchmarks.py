@@ -20,7 +20,8 @@ import timing
 import torch
 from attention_report import Row, plot, table, write_csv
 from attention_targets import target_table, targets
-from peak_memory import fresh_process, peak_bytes
+from peak_memory import fresh_process
+from two_blocks import peak_of_two_blocks
 
 from sabmn_ext.ops import dispatch
 
@@ -343,23 +344,11 @@ def test_the_backend_is_the_recorded_one(monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- memory ----
 
 
-def allocate(megabytes: int) -> int | None:
-    """The peak of a call that holds two blocks at once, and before that one alone."""
-    return peak_bytes(lambda: _two_blocks(megabytes << 20))
-
-
-def _two_blocks(size: int) -> None:
-    first = torch.zeros(size, dtype=torch.uint8)
-    del first
-    second, third = (torch.ones(size // 2, dtype=torch.uint8) for _ in range(2))
-    second.add_(third)
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
 def test_peak_memory_is_that_of_the_blocks() -> None:
     with fresh_process() as process:
         for megabytes in (40, 8, 200, 8):
-            peak = process.submit(allocate, megabytes).result()
+            peak = process.submit(peak_of_two_blocks, megabytes).result()
             assert peak == pytest.approx(megabytes << 20, abs=2 << 20)
 
 
