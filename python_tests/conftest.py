@@ -1,7 +1,12 @@
 """The seed of the randomised tests, and on the path what tests import: python_tests/*.py and benchmarks/*.py."""
 
+import os
 import sys
 from pathlib import Path
+
+# Before torch is imported. Threads that spin while they wait make the tests many times slower where the processor is
+# shared, with a second test process for one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """Builds and runs the tests of the CUDA kernels on the CPU (csrc/simt/README.md). Each build and run happens once."""
 
+import fcntl
 import functools
 import os
 import re
@@ -38,7 +39,10 @@ def program(sanitizer: str) -> tuple[str, ...]:
     if missing(sanitizer):
         pytest.skip(missing(sanitizer))
     build = [sys.executable, "setup.py", "-q", "simt", "--sanitizer", sanitizer]
-    result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "simt.lock").open("w") as lock:  # another test process may want the same program
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     # ThreadSanitizer's shadow memory can clash with where the kernel loads programs at random.
     fixed_addresses = ("setarch", "-R")

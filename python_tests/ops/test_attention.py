@@ -86,7 +86,7 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype, seed: int) -> None:
             _native.module.set_isa(isa)
         except ValueError as error:
             pytest.skip(str(error))
-        for sizes, draws in ((SIZES[0], enough_draws(dtype)), (SIZES[4], 3)):
+        for sizes, draws in ((SIZES[0], SHARP_DRAWS), (SIZES[4], 3)):
             for make in (draw, sharp):
                 check([make(sizes, 100 * seed + i, dtype) for i in range(draws)], "cpu")
     finally:
@@ -113,15 +113,15 @@ def sharp(sizes: tuple[int, ...], seed: int, dtype: torch.dtype) -> Inputs:
     return inputs
 
 
-def enough_draws(dtype: torch.dtype) -> int:
-    """Of SIZES[0]: the error of 16 bits comes from the few rows that are not quite one-hot, too few in three draws."""
-    return 32 if dtype.itemsize == 2 else 3
+# Draws of SIZES[0]: the error comes from the few rows that are not quite one-hot, and three draws have too few of them
+# for a mean: one seed in some hundred made ours 3 times plain torch's in one of them, 1.4 times is what it is.
+SHARP_DRAWS = 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_of_a_thousand(backend: str, dtype: torch.dtype, seed: int) -> None:
-    draws = [sharp(SIZES[0], 100 * seed + i, dtype) for i in range(enough_draws(dtype))]
+    draws = [sharp(SIZES[0], 100 * seed + i, dtype) for i in range(SHARP_DRAWS)]
     one_hot = [(attention_map(*inputs[:3]).amax(-1) > 0.999).float().mean() for inputs in draws]
     assert min(one_hot) > 0.5, "most rows are meant to be one-hot"
     check(draws, backend)
