@@ -3,10 +3,12 @@
 torch is imported first: it brings the OpenMP pool that the native code then shares.
 """
 
+import functools
 import importlib
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # noqa: F401  (before the native module, see above)
 
@@ -34,6 +36,13 @@ def _load() -> None:
         missing_reason = f"the native module was not built: {native.BUILD_ERROR}"
         return
     module = native
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """How the module was built; made once, since every call of an operation looks at it."""
+    assert module is not None
+    return module.build_info()  # type: ignore[no-any-return]
 
 
 _load()

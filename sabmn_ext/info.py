@@ -54,7 +54,7 @@ def _native_module() -> dict[str, Any]:
         "file": _native.module.__file__,
         "fingerprint": _native.module.FINGERPRINT,
         "isa": _native.module.isa(),
-        **_native.module.build_info(),
+        **_native.build_info(),
     }
 
 

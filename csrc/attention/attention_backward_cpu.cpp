@@ -146,13 +146,8 @@ struct Backward {
         }
     }
 
-    void attention() {
-        if (parts.parts == 1) {
-            each_job(in, scratch, per_thread, B, [&](int64_t image, Arena<F> arena) {
-                attention_of_part(image, 0, gradients + image * N * columns, columns, arena);
-            });
-            return;
-        }
+    // Phase 2 where an image has several parts.
+    void attention_in_parts() {
         for (int64_t begin = 0; begin < B; begin += parts.images) {
             const int64_t images = smaller(parts.images, B - begin);
             each_job(in, scratch, per_thread, images * parts.parts, [&](int64_t job, Arena<F> arena) {
@@ -254,18 +249,29 @@ struct Backward {
 
     void run() {
         const int64_t depth = 2 * dk + dv;
+        const bool of_map = g.grad_x.data || g.w_query || g.w_key || g.w_value || g.b_query || g.b_value;
         if (in.w_out) transpose_weight(in.w_out, C, dv, w_out, C);
-        each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-            context_of_tile(image, first, count, arena);
-        });
-        if (g.grad_x.data || g.w_query || g.w_key || g.w_value || g.b_query || g.b_value) attention();
         if (g.grad_x.data) {
             transpose_weight(in.w_query, dk, C, w_in, depth);
             transpose_weight(in.w_key, dk, C, w_in + dk, depth);
             transpose_weight(in.w_value, dv, C, w_in + 2 * dk, depth);
-            each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-                image_gradient_of_tile(image, first, count, arena);
-            });
+        }
+        const auto context = tile_by_tile(in, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+            context_of_tile(image, first, count, arena);
+        });
+        const auto attention = [&](int64_t image, int64_t, Arena<F> arena) {
+            attention_of_part(image, 0, gradients + image * N * columns, columns, arena);
+        };
+        auto image_gradient = tile_by_tile(in, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+            image_gradient_of_tile(image, first, count, arena);
+        });
+        if (!g.grad_x.data) image_gradient.jobs = 0;
+        if (parts.parts == 1) {
+            each_image(in, scratch, per_thread, context, Phase<decltype(attention)>{of_map, attention}, image_gradient);
+        } else {
+            each_image(in, scratch, per_thread, context);
+            if (of_map) attention_in_parts();
+            each_image(in, scratch, per_thread, image_gradient);
         }
         if (g.w_query || g.w_key || g.w_value || g.w_out) weight_gradients();
         bias_gradient(g.b_query, 0, dk);

@@ -170,12 +170,13 @@ Status forward(const AttentionInputs& in, const Image& y) {
         {wide_weights<T>(in, in.w_key, dk, C, shared), in.b_key, in.key, dk, keys},
         {wide_weights<T>(in, in.w_value, dv, C, shared), in.b_value, in.value, dv, values}};
     const F* const w_out = wide_weights<T>(in, in.w_out, C, dv, shared);
-    each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+    const auto projection = [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         project<T>(in, parts, image, first, count, arena);
-    });
-    each_tile(in, scratch, per_thread, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+    };
+    const auto attention = [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         attend<T>(in, w_out, keys, values, y, image, first, count, arena);
-    });
+    };
+    each_image(in, scratch, per_thread, tile_by_tile(in, projection), tile_by_tile(in, attention));
     return ok;
 }
 

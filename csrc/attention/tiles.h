@@ -171,14 +171,43 @@ static void each_job(const AttentionInputs& in, F* scratch, std::int64_t scratch
         body(job, Arena<F>{scratch + omp_get_thread_num() * scratch_of_thread});
 }
 
-// Calls f(image, first position, positions, scratch) for every tile of positions.
-template <typename F, typename Body>
-static void each_tile(const AttentionInputs& in, F* scratch, std::int64_t scratch_of_thread, Body body) {
-    const std::int64_t positions = in.sizes.positions(), tiles = blocks_of(positions, lanes);
-    each_job(in, scratch, scratch_of_thread, in.sizes.batch * tiles, [&](std::int64_t job, Arena<F> arena) {
-        const std::int64_t first = job % tiles * lanes;
-        body(job / tiles, first, smaller(lanes, positions - first), arena);
-    });
+// A phase of the work on an image: body(image, job, scratch) for each of its jobs.
+template <typename Body>
+struct Phase {
+    std::int64_t jobs;
+    Body body;
+};
+
+// The phase that calls body(image, first position, positions, scratch) for each tile of positions.
+template <typename Body>
+static auto tile_by_tile(const AttentionInputs& in, Body body) {
+    const std::int64_t positions = in.sizes.positions();
+    const auto tile = [=](std::int64_t image, std::int64_t job, auto arena) {
+        body(image, job * lanes, smaller(lanes, positions - job * lanes), arena);
+    };
+    return Phase<decltype(tile)>{blocks_of(positions, lanes), tile};
+}
+
+// Takes every image through the phases. Where whole images give the threads equal work, a thread takes one through all
+// of them while it is in the cache; else the threads share the jobs of one phase after the other.
+template <typename F, typename... Bodies>
+static void each_image(const AttentionInputs& in, F* scratch, std::int64_t scratch_of_thread, Phase<Bodies>... phases) {
+    const std::int64_t images = in.sizes.batch;
+    if (images % in.threads == 0 || images >= 8 * in.threads) {
+        each_job(in, scratch, scratch_of_thread, images, [&](std::int64_t image, Arena<F> arena) {
+            const auto run = [&](auto& phase) {
+                for (std::int64_t job = 0; job < phase.jobs; ++job) phase.body(image, job, arena);
+            };
+            (run(phases), ...);
+        });
+        return;
+    }
+    const auto run = [&](auto& phase) {
+        each_job(in, scratch, scratch_of_thread, images * phase.jobs, [&](std::int64_t job, Arena<F> arena) {
+            phase.body(job / phase.jobs, job % phase.jobs, arena);
+        });
+    };
+    (run(phases), ...);
 }
 
 // The weights [rows][columns] in what is computed in: where they stand, or a copy in `memory`.

@@ -35,7 +35,8 @@ def test_an_unknown_target_is_an_error() -> None:
 def test_reasons_of_a_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = dispatch.native_cuda(torch.float32)
     build = {"cuda_targets": ["sm_80", "compute_80"], "cuda_missing": None}
-    monkeypatch.setattr(_native, "module", SimpleNamespace(build_info=lambda: build))
+    monkeypatch.setattr(_native, "module", SimpleNamespace())
+    monkeypatch.setattr(_native, "build_info", lambda: build)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert rule(GPU, torch.float32) is None

@@ -58,7 +58,7 @@ def native_cuda(*dtypes: torch.dtype) -> WhyNot:
     def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         if _native.module is None:
             return _native.missing_reason
-        build = _native.module.build_info()
+        build = _native.build_info()
         if not build["cuda_targets"]:
             return f"the native module was built without CUDA: {build['cuda_missing']}"
         if device.type != "cuda" or torch.version.cuda is None:
