@@ -436,10 +436,10 @@ void define_attention(py::module_& m) {
     using namespace py::literals;
     m.def(
         "attention_workspace",
-        [](const SizeFields& sizes, int threads, bool backward) {
-            return attention_workspace(sizes_of(sizes), usable_threads(threads), backward);
+        [](const SizeFields& sizes, int threads) {
+            return attention_workspace(sizes_of(sizes), usable_threads(threads));
         },
-        "sizes"_a, "threads"_a, "backward"_a);
+        "sizes"_a, "threads"_a);
     m.def("attention_forward", attention_forward, py::call_guard<py::gil_scoped_release>(), "dtype"_a, "threads"_a,
           "sizes"_a, "x"_a, "x_strides"_a, "weights"_a, "biases"_a, "saved"_a, "workspace"_a, "y"_a, "y_strides"_a);
     m.def("attention_backward", attention_backward, py::call_guard<py::gil_scoped_release>(), "dtype"_a, "threads"_a,

@@ -6,9 +6,9 @@
 //   1 per tile of queries: f·context, D, and what the tile adds to gamma's gradient
 //   2 per part of an image's keys: the map's blocks again, [queries of a chunk][64 keys]; from them the gradients of
 //     query, key and value; then the sum over the parts
-//   3 per tile: the gradient of x          4 per 64 channels: gradients of the weights; then of gamma and the biases
-// The gradients of a position's query, key and value, and its out, lie side by side, [B, N, columns]: so they are the
-// right operand of the weights' gradients, whose left operand is the image as it stands.
+//   3 per tile: the gradient of x; out, turned          4 per 64 channels: gradients of the weights; then of gamma and the biases
+// The gradients of a position's query, key and value lie side by side, [B, N, columns], and so does its out: they are the
+// right operands of the weights' gradients, whose left operand is the image as it stands.
 
 #include "attention/exponential.h"
 #include "attention/product.h"
@@ -26,8 +26,8 @@ struct Backward {
     const AttentionGradients& g;
     const int64_t B, C, N, dk, dv;
     const AttentionParts parts;
-    const int64_t columns, per_thread;
-    int64_t at_key, at_value, at_out;  // columns of a position's row; its query gradient starts at 0
+    const int64_t columns, per_thread, of_context;
+    int64_t at_key, at_value;  // columns of a position's row; its query gradient starts at 0
     F gamma;
     const AttentionChunks cut;
     F *scratch, *w_in, *w_out, *queries, *context, *row_term, *gamma_term, *gradients, *query_parts;
@@ -36,15 +36,15 @@ struct Backward {
         : in(inputs), g(wanted), B(in.sizes.batch), C(in.sizes.channels), N(in.sizes.positions()),
           dk(in.sizes.key_width), dv(in.sizes.value_width), parts(attention_parts(in.sizes, in.threads)),
           columns(attention_gradient_columns(in.sizes)), per_thread(attention_thread_workspace(in.sizes)),
-          cut(in.sizes) {
-        at_key = attention_padded(dk), at_value = 2 * at_key, at_out = at_value + attention_padded(dv);
+          of_context(attention_context_elements(in.sizes)), cut(in.sizes) {
+        at_key = attention_padded(dk), at_value = 2 * at_key;
         gamma = *static_cast<const F*>(in.gamma);
         scratch = static_cast<F*>(in.workspace);
         Arena<F> shared{scratch + in.threads * per_thread};
         w_in = shared.take(C * (2 * dk + dv));  // [C, 2 dk + dv], the transpose of the three
         w_out = shared.take(C * dv);            // [dv, C], transposed
         queries = shared.take(cut.elements(B, dk));
-        context = shared.take(cut.elements(B, dv));  // f·context
+        context = shared.take(B * of_context);  // f·context in chunks; then out, [N, padded dv]
         row_term = shared.take(B * N);
         gamma_term = shared.take(B * N);
         gradients = shared.take(B * N * columns);
@@ -67,7 +67,9 @@ struct Backward {
         }
     }
 
-    // Phase 1: f·context, D, gamma's part, out beside the gradients, and the queries in chunks.
+    F* context_at(int64_t image, int64_t first) { return context + image * of_context + cut.at(0, dv, first); }
+
+    // Phase 1: f·context, D, gamma's part, and the queries in chunks.
     void context_of_tile(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         F* const tile = arena.take(chunk * lanes);
         F* const sums = arena.take(dv * lanes);
@@ -85,8 +87,6 @@ struct Backward {
                 });
         }
         load_tile<T>(static_cast<const T*>(in.out) + image * dv * N + first, dv, N, count, out);
-        transpose<F>(dv, count, [&](int64_t row) { return out + row * lanes; },
-                     gradients + (image * N + first) * columns + at_out, columns);
         row_dots(dv, count, sums, out, lanes, rows);
         const int64_t position = image * N + first;
         for (int64_t lane = 0; lane < count; ++lane) gamma_term[position + lane] = rows[lane] + bias_terms[lane];
@@ -99,7 +99,7 @@ struct Backward {
         });
         row_dots(dv, count, sums, out, lanes, rows);
         store_tile<F>(rows, 1, 0, count, row_term + position);
-        store_tile<F>(sums, dv, cut.positions, count, context + cut.at(image, dv, first));
+        store_tile<F>(sums, dv, cut.positions, count, context_at(image, first));
         load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count,
                      queries + cut.at(image, dk, first), cut.positions, count);
     }
@@ -124,7 +124,7 @@ struct Backward {
             for (int64_t j = 0; j < N; j += chunk) {
                 const int64_t rows = smaller(chunk, N - j), step = cut.positions;
                 const F* const query = queries + cut.at(image, dk, j);      // [dk][queries of the chunk]
-                const F* const other = context + cut.at(image, dv, j);      // [dv][queries of the chunk]
+                const F* const other = context_at(image, j);                // [dv][queries of the chunk]
                 product(rows, count, dk, Left<F>{query, 1, step}, key, lanes, map, lanes, false);
                 product(rows, count, dv, Left<F>{other, 1, step}, value, lanes, map_gradient, lanes, false);
                 for (int64_t row = 0; row < rows; ++row) {
@@ -166,6 +166,14 @@ struct Backward {
     }
 
     // Phase 3.
+    void out_of_tile(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+        F* const out = arena.take(dv * lanes);
+        const int64_t row = attention_padded(dv);
+        load_tile<T>(static_cast<const T*>(in.out) + image * dv * N + first, dv, N, count, out);
+        transpose<F>(dv, count, [&](int64_t e) { return out + e * lanes; },
+                     context + image * of_context + first * row, row);
+    }
+
     void image_gradient_of_tile(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         F* const tile = arena.take(chunk * lanes);
         F* const sums = arena.take((2 * dk + dv) * lanes);  // of query, key, value
@@ -187,9 +195,10 @@ struct Backward {
         }
     }
 
-    // Phase 4: sums[channel][column] = Σ over all positions of image[channel] · gradients[column], for 64 channels.
-    void sum_over_positions(const Image& source, int64_t c, int64_t channels, int64_t first_column, int64_t width,
-                            F* sums, F* tile) {
+    // Phase 4: sums[channel][column] = Σ over all positions of source[channel] · rows[column], for 64 channels; rows are
+    // of a length `row`, those of an image begin image_step after those of the one before.
+    void sum_over_positions(const Image& source, int64_t c, int64_t channels, const F* rows, int64_t row,
+                            int64_t image_step, int64_t width, F* sums, F* tile) {
         bool add = false;
         for (int64_t image = 0; image < B; ++image)
             for (int64_t first = 0; first < N; first += chunk, add = true) {
@@ -203,8 +212,8 @@ struct Backward {
                     if (in_place) left = {start, window.channel_stride, window.step()};
                 }
                 if (!in_place) window.load(c, channels, tile, chunk);
-                const F* const right = gradients + (image * N + first) * columns + first_column;
-                product(channels, width, count, left, right, columns, sums, width, add);
+                const F* const right = rows + image * image_step + first * row;
+                product(channels, width, count, left, right, row, sums, width, add);
             }
         if (!add) for (int64_t i = 0; i < channels * width; ++i) sums[i] = 0;  // no image, no sum
     }
@@ -215,11 +224,13 @@ struct Backward {
         each_job(in, scratch, per_thread, (inputs + outputs) * groups, [&](int64_t job, Arena<F> arena) {
             const bool of_out = !inputs || job >= groups;
             const int64_t c = job % groups * lanes, channels = smaller(lanes, C - c);
-            const int64_t begin = of_out ? at_out : 0, width = of_out ? columns - at_out : at_out;
+            const int64_t width = of_out ? attention_padded(dv) : columns;
             F* const sums = arena.take(lanes * width);
             F* const tile = arena.take(lanes * chunk);
-            sum_over_positions(of_out ? g.grad_y : in.x, c, channels, begin, width, sums, tile);
-            if (of_out) {
+            if (!of_out) {
+                sum_over_positions(in.x, c, channels, gradients, columns, N * columns, width, sums, tile);
+            } else {
+                sum_over_positions(g.grad_y, c, channels, context, width, of_context, width, sums, tile);
                 for (int64_t channel = 0; channel < channels; ++channel)
                     for (int64_t e = 0; e < dv; ++e)
                         narrow(gamma * sums[channel * width + e], static_cast<T*>(g.w_out)[(c + channel) * dv + e]);
@@ -256,22 +267,22 @@ struct Backward {
             transpose_weight(in.w_key, dk, C, w_in + dk, depth);
             transpose_weight(in.w_value, dv, C, w_in + 2 * dk, depth);
         }
-        const auto context = tile_by_tile(in, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+        const auto contexts = tile_by_tile(in, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
             context_of_tile(image, first, count, arena);
         });
         const auto attention = [&](int64_t image, int64_t, Arena<F> arena) {
             attention_of_part(image, 0, gradients + image * N * columns, columns, arena);
         };
-        auto image_gradient = tile_by_tile(in, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-            image_gradient_of_tile(image, first, count, arena);
+        const auto image_gradients = tile_by_tile(in, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+            if (g.w_out) out_of_tile(image, first, count, arena);
+            if (g.grad_x.data) image_gradient_of_tile(image, first, count, arena);
         });
-        if (!g.grad_x.data) image_gradient.jobs = 0;
         if (parts.parts == 1) {
-            each_image(in, scratch, per_thread, context, Phase<decltype(attention)>{of_map, attention}, image_gradient);
+            each_image(in, scratch, per_thread, contexts, Phase<decltype(attention)>{of_map, attention}, image_gradients);
         } else {
-            each_image(in, scratch, per_thread, context);
+            each_image(in, scratch, per_thread, contexts);
             if (of_map) attention_in_parts();
-            each_image(in, scratch, per_thread, image_gradient);
+            each_image(in, scratch, per_thread, image_gradients);
         }
         if (g.w_query || g.w_key || g.w_value || g.w_out) weight_gradients();
         bias_gradient(g.b_query, 0, dk);

@@ -42,23 +42,30 @@ struct AttentionChunks {
     }
 };
 
-// Columns of the gradients at a position: of query, key, value, and out itself.
+// Columns of the gradients at a position: of query, key and value.
 inline int64_t attention_gradient_columns(const AttentionSizes& sizes) {
-    return 2 * (attention_padded(sizes.key_width) + attention_padded(sizes.value_width));
+    return 2 * attention_padded(sizes.key_width) + attention_padded(sizes.value_width);
 }
 
-// Elements of the wide type that the workspace of a pass must have.
-inline int64_t attention_workspace(const AttentionSizes& sizes, int threads, bool backward) {
+// Elements of an image's context in chunks, whose place its out, [N, padded value_width], takes when that is done with.
+inline int64_t attention_context_elements(const AttentionSizes& sizes) {
+    const int64_t chunks = AttentionChunks(sizes).elements(1, sizes.value_width);
+    const int64_t rows = sizes.positions() * attention_padded(sizes.value_width);
+    return chunks > rows ? chunks : rows;
+}
+
+// Elements of the wide type that the workspace must have: as many for the forward pass as for the backward pass, which
+// needs more, so that the second can have the memory of the first. What a pass does not touch takes none.
+inline int64_t attention_workspace(const AttentionSizes& sizes, int threads) {
     const int64_t positions = sizes.batch * sizes.positions(), C = sizes.channels;
     const int64_t widths = sizes.key_width + sizes.value_width;
     int64_t elements = threads * attention_thread_workspace(sizes) + 2 * C * widths + 256;
-    elements += AttentionChunks(sizes).elements(sizes.batch, widths);
-    if (backward) {
-        const AttentionParts parts = attention_parts(sizes, threads);
-        elements += positions * (2 + attention_gradient_columns(sizes));
-        if (parts.parts > 1)
-            elements += parts.images * parts.parts * sizes.positions() * attention_padded(sizes.key_width);
-    }
+    elements += AttentionChunks(sizes).elements(sizes.batch, sizes.key_width);
+    elements += sizes.batch * attention_context_elements(sizes);
+    elements += positions * (2 + attention_gradient_columns(sizes));
+    const AttentionParts parts = attention_parts(sizes, threads);
+    if (parts.parts > 1)
+        elements += parts.images * parts.parts * sizes.positions() * attention_padded(sizes.key_width);
     return elements;
 }
 

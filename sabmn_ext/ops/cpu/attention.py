@@ -21,13 +21,11 @@ def _addresses(tensors: Parameters) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _inputs(
-    x: Tensor, parameters: Parameters, saved: Sequence[Tensor], backward: bool
-) -> tuple[dict[str, Any], Tensor]:
+def _inputs(x: Tensor, parameters: Parameters, saved: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
     """What both passes take, and the workspace, which must outlive the call."""
     assert _native.module is not None
     threads, sizes = torch.get_num_threads(), (*x.shape, saved[0].shape[1], saved[2].shape[1])
-    elements = _native.module.attention_workspace(sizes, threads, backward)
+    elements = _native.module.attention_workspace(sizes, threads)
     (workspace,) = empty_strided([((elements,), (1,), saved[4].dtype)])
     arguments = {
         "dtype": dispatch.DTYPE_CODES[x.dtype],
@@ -46,7 +44,7 @@ def _inputs(
 def forward(x: Tensor, parameters: Parameters, y: Tensor, saved: Sequence[Tensor]) -> None:
     """Fill ``y`` [B, C, H, W] and ``saved``: query, key, value, out [B, width, N], lse [B, 2, N] (attention.h)."""
     assert _native.module is not None
-    shared, _workspace = _inputs(x, parameters, saved, backward=False)
+    shared, _workspace = _inputs(x, parameters, saved)
     status = _native.module.attention_forward(**shared, y=y.data_ptr(), y_strides=y.stride())
     dispatch.check_status(status, "attention_forward", x)
 
@@ -61,7 +59,7 @@ def backward(
 ) -> None:
     """Fill those of ``gradients`` that ``needs`` names; both are in the order x, then ``parameters``."""
     assert _native.module is not None
-    shared, _workspace = _inputs(x, parameters, saved, backward=True)
+    shared, _workspace = _inputs(x, parameters, saved)
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     status = _native.module.attention_backward(
         **shared,
