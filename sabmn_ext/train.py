@@ -16,6 +16,7 @@ from sabmn_ext.training.config import Config, all_keys, load_recipe, set_key
 ALIASES = {
     "--data": "data.path",
     "--format": "data.format",
+    "--cache": "data.cache",
     "--workers": "data.workers",
     "--backbone": "model.backbone",
     "--weights": "model.weights",

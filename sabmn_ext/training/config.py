@@ -50,7 +50,13 @@ class DataKeys:
     cameras: bool = _key(True, "use camera numbers: false switches the same-camera rule off")
     with_val: bool = _key(False, "MSMT17: train on its validation list too")
     on_error: str = _key("stop", "what an unreadable image does: end the run, or be left out", choices=("stop", "skip"))
-    workers: int = _key(0, "processes that decode images; 0: in the main one", low=0, harmless=True)
+    cache: str = _key(
+        "auto",
+        "keep decoded training images in memory: auto does where half of the free memory holds them",
+        choices=("auto", "ram", "off"),
+        harmless=True,
+    )
+    workers: int = _key(0, "processes that decode what is not in memory; 0: in the main one", low=0, harmless=True)
 
 
 @dataclass

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sabmn_ext.data.cache import cache_images
 from sabmn_ext.data.images import ImageDataset
 from sabmn_ext.data.loader import steps_per_epoch, train_batches
 from sabmn_ext.data.records import ReidData, load_data
@@ -265,6 +266,7 @@ class Trainer:
             first_step=self.step % self.steps_per_epoch,
             workers=config.data.workers,
             transform=self.transform,
+            device=self.device,
         )
         self.bar.set_description(f"epoch {epoch}/{config.train.epochs}", refresh=False)
         for images, labels in batches:
@@ -290,7 +292,6 @@ class Trainer:
         factor = rate_factor(self.step, epoch, self.total_steps, **dataclasses.asdict(config.schedule))
         for group in self.optimizer.param_groups:
             group["lr"] = self.full_rates[group["name"]] * factor
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if config.run.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
@@ -420,6 +421,8 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
         for note in data.notes:
             print(f"note: {note}", flush=True)
         trainer = Trainer(config, data, out, state, stop)
+        if too_large := cache_images(trainer.dataset, config.data.cache, progress=config.run.progress):
+            print(f"note: {too_large}", flush=True)
         if resume:
             print(f"going on after step {trainer.step} of {trainer.total_steps}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
