@@ -1,0 +1,194 @@
+"""Several processes train as one does: the same samples, gradients and figures; errors, signals and deaths end all."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sabmn_ext.data.records import load_data
+from sabmn_ext.retrieval.shards import Alone
+from sabmn_ext.train import build_config, build_parser, main
+from sabmn_ext.training import loop
+from sabmn_ext.training.checkpoint import load_checkpoint, load_model
+from sabmn_ext.training.config import config_from_dict
+from sabmn_ext.training.figures import final_figures
+from sabmn_ext.training.interrupt import StopRequest
+from sabmn_ext.training.processes import Job
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available() and hasattr(os, "fork")),
+    reason="torch without gloo, or a system without fork",
+)
+
+
+@pytest.fixture
+def few(options):
+    """Three steps of six small images."""
+    small = ["--image-size", "32x16", "--batch-size", "6", "--max-steps", "3", "--set", "evaluation.batch_size=2"]
+    return [*options, *small, "--set", "run.log_steps=1"]
+
+
+def record_steps(arguments):
+    """Train with batch norm in eval mode (its statistics are of shares otherwise); what each step was given and gave."""
+    steps = []
+    real_step = loop.train_step
+
+    def train_step(network, images, labels, *args, **kwargs):
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        loss, _ = real_step(network, images, labels, *args, **kwargs)
+        model = getattr(network, "module", network)
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        vectors = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(("._u", "._v"))}
+        steps.append({"images": images, "labels": labels, "gradients": gradients, "vectors": vectors, "loss": loss})
+        return loss, torch.tensor(0)
+
+    loop.train_step = train_step
+    assert main(arguments) == 0
+    return steps
+
+
+@pytest.fixture(scope="module")
+def of_one_process():
+    """The steps of one process, once for all tests."""
+    return {}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_samples_gradients_and_figures_are_those_of_one_process(few, tmp_path, size, of_one_process):
+    arguments = [*few, "--set", "model.dropout=0"]
+    if not of_one_process:
+        (alone,) = forked.run_forked(
+            1, lambda rank: record_steps([*arguments, "--out", str(tmp_path / "one")]), tmp_path / "alone"
+        )
+        assert alone.code == 0, alone.printed
+        of_one_process["steps"] = alone.value
+    out = tmp_path / "run"
+    outcomes = forked.run_forked(
+        size, lambda rank: record_steps([*arguments, "--out", str(out)]), tmp_path / "processes"
+    )
+    assert [each.code for each in outcomes] == [0] * size, "\n".join(each.printed for each in outcomes)
+    for step, expected in enumerate(of_one_process["steps"]):
+        shares = [each.value[step] for each in outcomes]
+        for name in ("images", "labels"):
+            assert torch.equal(torch.cat([share[name] for share in shares]), expected[name]), name
+        assert sum(share["loss"] for share in shares).item() / size == pytest.approx(expected["loss"].item(), rel=1e-5)
+        for share in shares:
+            assert len(share["vectors"]) > 40
+            for name, vector in share["vectors"].items():  # the power iteration of all of them
+                assert torch.equal(vector, shares[0]["vectors"][name]), name
+                torch.testing.assert_close(vector, expected["vectors"][name], rtol=0, atol=1e-6)
+            for name, gradient in share["gradients"].items():
+                assert torch.equal(gradient, shares[0]["gradients"][name]), name
+            ours, theirs = (
+                torch.cat([gradient.flatten().double() for gradient in each["gradients"].values()])
+                for each in (share, expected)
+            )
+            assert theirs.norm() > 0
+            assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    # What all of them found together is, exactly, what one process finds with the same weights.
+    result = json.loads((out / "result.json").read_text())
+    model, config = load_model(out / "last.pt")
+    data = load_data(config["data"]["path"])
+    figures = final_figures(model, data, config_from_dict(config), torch.device("cpu"))
+    assert {name: result[name] for name in figures} == figures
+    assert [each.printed.count("retrieval after training") for each in outcomes] == [1] + [0] * (size - 1)
+    assert load_checkpoint(out / "last.pt")["processes"] == size
+
+
+def test_stopped_or_killed_and_resumed(few, tmp_path):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = [*few, "--out", str(out), "--set", "run.checkpoint_steps=1"]
+
+    def run(size, *more, dies=None):
+        """``dies``: the signal that the last process gets in its second step."""
+
+        def process(rank):
+            calls = []
+            real_step = loop.train_step
+
+            def train_step(*args, **kwargs):
+                calls.append(1)
+                if dies and rank == size - 1 and len(calls) == 2:
+                    os.kill(os.getpid(), dies)
+                return real_step(*args, **kwargs)
+
+            loop.train_step = train_step
+            return main([*arguments, *more])
+
+        return forked.run_forked(size, process, tmp_path / "processes")
+
+    undisturbed = run(2, "--out", str(whole))
+    assert [each.value for each in undisturbed] == [0, 0], undisturbed
+
+    start = time.monotonic()
+    first, second = run(2, dies=signal.SIGKILL)
+    assert second.code == -signal.SIGKILL
+    assert first.value == 2, first.printed
+    assert "another of the 2 processes has ended" in first.printed
+    assert f"--out {out} --resume" in first.printed
+    assert "Traceback" not in first.printed
+    assert time.monotonic() - start < 60
+    assert load_checkpoint(out / "last.pt")["step"] == 1
+
+    (alone,) = run(1, "--resume")
+    assert alone.value == 2
+    assert "has trained with 2 processes and cannot go on with 1" in alone.printed
+    for each in run(3, "--resume"):
+        assert each.value == 2
+        assert "has trained with 2 processes and cannot go on with 3" in each.printed
+    assert load_checkpoint(out / "last.pt")["step"] == 1
+
+    stopped = run(2, "--resume", dies=signal.SIGTERM)  # one of them gets the signal, both save and leave
+    assert [each.value for each in stopped] == [143, 143], stopped
+    assert load_checkpoint(out / "last.pt")["step"] == 3
+
+    assert [each.value for each in run(2, "--resume")] == [0, 0]
+    a, b = (load_checkpoint(folder / "last.pt")["model"] for folder in (whole, out))
+    assert all(torch.equal(value, b[key]) for key, value in a.items())
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, out)]
+    assert all(result.pop("seconds") > 0 for result in results)
+    assert results[0] == results[1]
+
+
+def test_an_unreadable_image_is_named_by_all(few, small_market, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(small_market, data)
+    broken = sorted((data / "bounding_box_test").iterdir())[-1]
+    broken.write_bytes(b"broken")
+    arguments = [*few, "--data", str(data), "--out", str(tmp_path / "run")]
+    for each in forked.run_forked(2, lambda rank: main(arguments), tmp_path / "processes"):
+        assert each.value == 2
+        assert f"cannot read image {broken}" in each.printed
+
+
+def trainer(arguments, out, size, state=None):
+    config = build_config(build_parser().parse_args(arguments))
+    data = load_data(config.data.path)
+    return loop.Trainer(config, data, out, state, StopRequest(out), Job(Alone(), 0, size))
+
+
+def test_settings_that_do_not_fit_the_processes(few, tmp_path):
+    with pytest.raises(ValueError, match="batch_size = 6, .* cannot be shared equally by 4 processes: .* multiple of 4"):
+        trainer(few, tmp_path, 4)
+    with pytest.raises(ValueError, match="SyncBatchNorm needs a GPU .* on the cpu.* each process's share, 3 images"):
+        trainer([*few, "--set", "train.sync_bn=true"], tmp_path, 2)
+    trainer([*few, "--set", "train.sync_bn=true"], tmp_path, 1)  # one process: all statistics are its own
+
+
+def test_parts_are_whole_batches_in_order():
+    for count, batch, size in ((23, 4, 3), (3, 2, 3), (1, 8, 2), (0, 4, 2), (64, 8, 4)):
+        parts = [list(dataclasses.replace(Job(Alone()), rank=r, size=size).part(count, batch)) for r in range(size)]
+        assert sum(parts, []) == list(range(count))
+        assert all(part[0] % batch == 0 for part in parts if part)
+        assert max(map(len, parts)) <= batch * -(-count // (batch * size))
