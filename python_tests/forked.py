@@ -11,7 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+import sabmn_ext
+
 SECONDS = 120
+
+
+def environment() -> dict[str, str]:
+    """Another process then finds this package, and computes with as many threads, hence the same bits."""
+    path = str(Path(sabmn_ext.__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 class Outcome(NamedTuple):

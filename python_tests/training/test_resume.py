@@ -10,17 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import environment
 
-import sabmn_ext
 from sabmn_ext.train import main
 from sabmn_ext.training import loop
 from sabmn_ext.training.checkpoint import load_checkpoint
-
-
-def environment():
-    """Another process then finds this package, and computes with as many threads, hence the same bits."""
-    path = str(Path(sabmn_ext.__file__).parent.parent)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def run_and_kill(moment, arguments):
