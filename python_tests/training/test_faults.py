@@ -23,7 +23,8 @@ from sabmn_ext.training.folder import only_run_in, repair
 @pytest.fixture
 def few(options):
     """Two epochs of two steps each."""
-    return [*options, "--image-size", "32x16", "--batch-size", "16", "--epochs", "2"]
+    small = ["--image-size", "32x16", "--batch-size", "16", "--epochs", "2"]
+    return [*options, *small, "--set", "model.spectral_norm=false"]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,7 @@ def test_a_full_disk_ends_the_run_and_the_earlier_checkpoint_stays(
     assert_same_end(out, undisturbed)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6])
-def test_a_truncated_last_falls_back_to_the_one_before(few, undisturbed, tmp_path, share, capsys):
+def test_a_truncated_last_falls_back_to_the_one_before(few, undisturbed, tmp_path, capsys):
     import shutil
 
     out = tmp_path / "run"
@@ -82,14 +82,14 @@ def test_a_truncated_last_falls_back_to_the_one_before(few, undisturbed, tmp_pat
     (out / "result.json").unlink()  # a run of which only the end is missing
     assert load_checkpoint(out / "previous.pt")["step"] == 2
     whole = (out / "last.pt").read_bytes()
-    (out / "last.pt").write_bytes(whole[: int(share * len(whole))])
+    (out / "last.pt").write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
     assert main(["--out", str(out), "--resume"]) == 0
     printed = capsys.readouterr().out
     assert "last.pt is not a whole checkpoint" in printed
     assert "goes on from the checkpoint before it, step 2" in printed
     assert "going on after step 2 of 4" in printed
-    assert (out / "last.damaged.pt").read_bytes() == whole[: int(share * len(whole))]
+    assert (out / "last.damaged.pt").read_bytes() == whole[: len(whole) // 2]
     assert load_checkpoint(out / "previous.pt")["step"] == 2, "not the damaged one"
     assert_same_end(out, undisturbed)
 
@@ -119,8 +119,7 @@ def test_the_one_before_is_kept_where_there_are_no_links(tmp_path, monkeypatch):
     assert (tmp_path / "b").read_bytes() == b"one"
 
 
-@pytest.mark.parametrize("cache", ["off", "ram"])
-def test_an_image_that_becomes_unreadable(few, undisturbed, small_market, tmp_path, monkeypatch, capsys, cache):
+def test_an_image_that_becomes_unreadable(few, undisturbed, small_market, tmp_path, monkeypatch, capsys):
     """In the second epoch: where it is decoded again it ends the run, by name; repaired, the run goes on."""
     import shutil
 
@@ -137,16 +136,12 @@ def test_an_image_that_becomes_unreadable(few, undisturbed, small_market, tmp_pa
         return real_step(*args, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", train_step)
-    code = main([*few, "--data", str(data), "--out", str(out), "--cache", cache])
-    if cache == "off":
-        assert code == 2
-        message = capsys.readouterr().err
-        assert f"cannot read image {data / 'bounding_box_train'}" in message
-        assert load_checkpoint(out / "last.pt")["step"] == 2
-        for path, content in images.items():
-            path.write_bytes(content)
-        code = main(["--out", str(out), "--resume"])
-    assert code == 0
+    assert main([*few, "--data", str(data), "--out", str(out), "--cache", "off"]) == 2
+    assert f"cannot read image {data / 'bounding_box_train'}" in capsys.readouterr().err
+    assert load_checkpoint(out / "last.pt")["step"] == 2
+    for path, content in images.items():
+        path.write_bytes(content)
+    assert main(["--out", str(out), "--resume"]) == 0
     assert_same_end(out, undisturbed)
 
 
@@ -226,7 +221,7 @@ def die_at(moment: str, number: int) -> None:
 def test_killed_twenty_times_at_random_moments(options, tmp_path, seed):
     """Half of the kills strike a step or the writing of a checkpoint, half any moment at all; the end is exact."""
     small = [*options, "--image-size", "32x16", "--batch-size", "4", "--set", "run.checkpoint_steps=1"]
-    small += ["--max-steps", "8"]
+    small += ["--max-steps", "5", "--set", "model.spectral_norm=false"]
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
     start = time.monotonic()
     assert main([*small, "--out", str(undisturbed)]) == 0

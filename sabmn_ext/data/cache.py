@@ -57,7 +57,8 @@ def cache_images(dataset: ImageDataset, cache: str = "auto", *, sharers: int = 1
     sources = torch.empty(len(dataset), dtype=torch.int64)
 
     def decode(i: int) -> None:
-        pixels[i], _, sources[i] = dataset[i]
+        image, _, sources[i] = dataset[i]
+        pixels.numpy()[i] = image.numpy()  # numpy's copy, for the reason that load_image has
 
     threads = ThreadPoolExecutor(torch.get_num_threads())  # Pillow decodes and resizes outside of Python's lock
     try:

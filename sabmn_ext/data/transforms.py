@@ -130,9 +130,8 @@ class TrainTransform:
         flip, corner, box = (each[share or slice(None)] for each in whole)
         if len(flip) != count:
             raise ValueError(f"share must have an image of the batch for each of {count} images, got {len(flip)}")
-        device = images.device
         if flip.any():
-            mirrored = flip.nonzero()[:, 0].to(device)
+            mirrored = flip.nonzero()[:, 0].to(images.device)
             images = images.index_copy(0, mirrored, images.index_select(0, mirrored).flip(3))
         if self.padding:
             padded = functional.pad(images, (self.padding,) * 4)
@@ -140,13 +139,7 @@ class TrainTransform:
                 [padded[i, :, y : y + self.height, x : x + self.width] for i, (y, x) in enumerate(corner.tolist())]
             )
         out = normalize(images)
-        if box.any():
-            rows, columns = (
-                ((i >= start) & (i < start + length)).float()  # 1 inside the box
-                for i, start, length in (
-                    (torch.arange(self.height, device=device), *box[:, 0::2, None].to(device).unbind(1)),
-                    (torch.arange(self.width, device=device), *box[:, 1::2, None].to(device).unbind(1)),
-                )
-            )
-            out.mul_(1 - rows[:, None, :, None] * columns[:, None, None, :])
+        for image, (top, left, h, w) in zip(out, box.tolist(), strict=True):
+            if h:  # a mask would cost a pass over the whole batch
+                image[:, top : top + h, left : left + w] = 0
         return out
