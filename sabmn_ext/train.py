@@ -1,4 +1,7 @@
-"""``python -m sabmn_ext.train``: train, evaluate and report; without arguments, the built-in demo."""
+"""``python -m sabmn_ext.train``: train, evaluate and report; without arguments, the built-in demo.
+
+Several processes, one a GPU: ``torchrun --nproc-per-node N -m sabmn_ext.train ...``
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from sabmn_ext.training.config import Config, all_keys, load_recipe, set_key
 ALIASES = {
     "--data": "data.path",
     "--format": "data.format",
+    "--cache": "data.cache",
     "--workers": "data.workers",
     "--backbone": "model.backbone",
     "--weights": "model.weights",
@@ -113,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     from sabmn_ext.training.interrupt import TrainingInterrupted
     from sabmn_ext.training.loop import train
+    from sabmn_ext.training.processes import joined
 
     try:
         if args.resume and args.out is None:
@@ -120,7 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = build_config(args)
         name = config.recipe.replace("/", "-")
         out = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        result = train(config, out, resume=args.resume)
+        with joined() as job:
+            out = Path(job.text_of_first(str(out)))  # the time is not the same in all processes
+            result = train(config, out, resume=args.resume, job=job)
     except TrainingInterrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
@@ -130,6 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise  # not one of our own messages: the traceback is what helps
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if job.rank > 0:
+        return 0
     print(table(result))
     print(
         f"{result['num_valid_queries']} of {result['num_queries']} queries have a match among the"

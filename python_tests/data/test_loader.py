@@ -13,6 +13,7 @@ from sabmn_ext.data import (
     ImageRecord,
     TrainTransform,
     UnreadableImageError,
+    cache_images,
     image_batches,
     load_image,
     normalize,
@@ -64,6 +65,20 @@ def test_workers_and_global_random_state_change_nothing(records: list[ImageRecor
     torch.manual_seed(1)
     assert same(first, batches(dataset, workers=2))
     assert same(first, batches(dataset, workers=1))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_images_in_memory_and_shares_give_the_same_batches(records: list[ImageRecord], processes: int) -> None:
+    dataset, in_memory = (ImageDataset(records, list(range(22)), 8, 4) for _ in range(2))
+    assert cache_images(in_memory, "ram") is None
+    whole = batches(dataset, first_step=1)
+    for kind in (dataset, in_memory):
+        shares = [batches(kind, first_step=1, rank=rank, processes=processes) for rank in range(processes)]
+        joined = [
+            (torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
+            for parts in zip(*shares, strict=True)
+        ]
+        assert same(joined, whole)
 
 
 def test_first_step_goes_on_exactly_and_decodes_nothing_before(records: list[ImageRecord]) -> None:
@@ -135,6 +150,9 @@ def test_arguments_are_checked(records: list[ImageRecord]) -> None:
             steps_per_epoch(dataset, size)
     with pytest.raises(ValueError, match="0 or more, got -1, 2, 0"):
         batches(dataset, seed=-1)
+    for rank, processes in ((0, 3), (2, 2)):
+        with pytest.raises(ValueError, match=f"cannot be shared equally by {processes} processes"):
+            batches(dataset, rank=rank, processes=processes)
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         list(image_batches(records, height=8, width=4, batch_size=0))
     with pytest.raises(ValueError, match="'stop' or 'skip'"):

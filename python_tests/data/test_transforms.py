@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sabmn_ext.data import TrainTransform, normalize
-from sabmn_ext.data.transforms import erasing_boxes
+from sabmn_ext.data.transforms import ERASING, erasing_boxes
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -72,9 +72,9 @@ def test_pad_and_crop_reaches_every_offset_evenly() -> None:
 )
 def test_erasing_geometry(kind: str, area: tuple[float, float], aspect: tuple[float, float]) -> None:
     height = width = 400  # square and large: hardly a box is rejected, and rounding is small
-    boxes = [box for box in erasing_boxes(kind, 4000, height, width, generator()) if box is not None]
-    assert len(boxes) == 4000
-    top, left, h, w = torch.tensor(boxes, dtype=torch.float64).T
+    boxes = erasing_boxes(kind, 4000, height, width, generator())
+    top, left, h, w = boxes.double().T
+    assert h.min() > 0, "each image has a box"
     assert min(top.min(), left.min()) >= 0
     assert max((top + h - height).max(), (left + w - width).max()) <= 0
     share, ratio = h * w / (height * width), h / w
@@ -94,8 +94,58 @@ def test_erasing_geometry(kind: str, area: tuple[float, float], aspect: tuple[fl
 def test_boxes_that_do_not_fit_are_drawn_again() -> None:
     # In a 100 × 10 image a box of aspect near 0.3 is wider than the image for nearly all areas.
     boxes = erasing_boxes("field", 500, 100, 10, generator())
-    assert all(box is not None and box[2] < 100 and box[3] < 10 for box in boxes)
-    assert erasing_boxes("torchvision", 3, 1000, 1, generator()) == [None] * 3  # every box is wider than 2
+    assert ((boxes[:, 2:] > 0) & (boxes[:, 2:] < torch.tensor([100, 10]))).all()
+    assert not erasing_boxes("torchvision", 3, 1000, 1, generator()).any()  # every box is wider than 2
+
+
+def boxes_one_by_one(kind: str, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """The first box that fits of each image, by its definition."""
+    (low, high), (narrow, tall), logarithmic, tries = ERASING[kind]
+    draws = torch.rand((batch, tries, 4), generator=generator(), dtype=torch.float64).tolist()
+    found = []
+    for image in draws:
+        box = (0, 0, 0, 0)
+        for a, b, c, d in image:
+            area = (low + (high - low) * a) * height * width
+            aspect = narrow * (tall / narrow) ** b if logarithmic else narrow + (tall - narrow) * b
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h < height and w < width:
+                box = (int(c * (height - h + 1)), int(d * (width - w + 1)), h, w)
+                break
+        found.append(box)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["field", "torchvision"])
+def test_boxes_are_the_first_that_fit(kind: str) -> None:
+    for height, width in ((100, 10), (33, 17)):  # in the narrow one many images need more than the first tries
+        found = erasing_boxes(kind, 300, height, width, generator())
+        assert list(map(tuple, found.tolist())) == boxes_one_by_one(kind, 300, height, width)
+
+
+def test_a_batch_is_augmented_as_its_images_are_one_by_one() -> None:
+    images = random_images(40, 17, 9)
+    transform = TrainTransform(17, 9, padding=3, erasing_probability=0.7)
+    out = transform(images, generator(3))
+    flips, corners, boxes = transform.draw(40, generator(3))
+    assert 5 < flips.sum() < 35
+    for i in range(40):
+        image = images[i].flip(2) if flips[i] else images[i]
+        y, x = corners[i].tolist()
+        expected = normalize(torch.nn.functional.pad(image, (3,) * 4)[None, :, y : y + 17, x : x + 9])[0]
+        top, left, h, w = boxes[i].tolist()
+        expected[:, top : top + h, left : left + w] = 0
+        assert torch.equal(out[i], expected), i
+
+
+def test_shares_of_a_batch_are_augmented_as_the_whole() -> None:
+    images, transform = random_images(12), TrainTransform(16, 8, padding=2)
+    whole = transform(images, generator(5))
+    shares = [slice(0, 4), slice(4, 8), slice(8, 12)]
+    parts = [transform(images[share], generator(5), share, 12) for share in shares]
+    assert torch.equal(torch.cat(parts), whole)
+    with pytest.raises(ValueError, match="for each of 12 images, got 4"):
+        transform(images, generator(5), slice(0, 4))
 
 
 @pytest.mark.parametrize("kind", ["field", "torchvision"])

@@ -204,7 +204,7 @@ def test_best_needs_held_out_identities(options, tmp_path, monkeypatch):
     seen = []
     real = loop.score
 
-    def score(query, gallery, cameras, config):
+    def score(query, gallery, cameras, config, job):
         assert query is gallery, "leave-one-out"
         assert 0 < real(query, gallery, cameras, config).map <= 1
         seen.append({record.pid for record in query[1]})

@@ -15,6 +15,7 @@ def test_twenty_steps_through_resume_and_evaluation(tmp_path, monkeypatch, capsy
     root, out = make_fake_market(tmp_path / "market", full=True), tmp_path / "run"
     small = ["--backbone", "resnet18", "--image-size", "16x8", "--set", "model.feature_dim=16"]
     more = ["--weights", "none", "--device", "cpu", "--max-steps", "20", "--set", "evaluation.batch_size=512"]
+    more += ["--cache", "off"]
     real_step, shapes = loop.train_step, []
 
     def step(model, images, labels, *args, **kwargs):

@@ -10,17 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import environment
 
-import sabmn_ext
 from sabmn_ext.train import main
 from sabmn_ext.training import loop
 from sabmn_ext.training.checkpoint import load_checkpoint
-
-
-def environment():
-    """Another process then finds this package, and computes with as many threads, hence the same bits."""
-    path = str(Path(sabmn_ext.__file__).parent.parent)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+from sabmn_ext.training.interrupt import StopRequest, TrainingInterrupted
 
 
 def run_and_kill(moment, arguments):
@@ -145,6 +140,20 @@ def test_ctrl_c_with_workers(options, undisturbed, tmp_path):
     assert "Traceback" not in errors
     assert main(["--out", str(out), "--resume", "--workers", "0"]) == 0
     assert_same_end(undisturbed(options), out)
+
+
+def test_a_second_signal_ends_at_once_but_not_within_a_second(tmp_path, monkeypatch):
+    """A terminal's Ctrl-C reaches the processes of torchrun twice: from the terminal and from torchrun."""
+    now = [100.0]
+    monkeypatch.setattr("sabmn_ext.training.interrupt.time.monotonic", lambda: now[0])
+    with StopRequest(tmp_path) as stop:
+        stop.at_once = False
+        for now[0] in (100.0, 100.2, 100.9):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signum == signal.SIGINT
+        now[0] = 101.1
+        with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM twice"):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_signal_outside_the_steps_leaves_at_once(options, tmp_path, monkeypatch, capsys):

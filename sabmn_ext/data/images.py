@@ -54,7 +54,8 @@ def load_image(path: str, height: int, width: int) -> torch.Tensor:
             f"cannot read image {path} ({type(error).__name__}: {error}). Repair or remove the file, "
             "or choose to skip unreadable images (on_error='skip')"
         ) from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    # numpy's copy, since torch's would be shared among threads of its own in every thread that decodes
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
 
 
 def check_on_error(on_error: str) -> None:
@@ -82,6 +83,9 @@ class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int, int]]):
         self.records = list(records)
         self.labels = [record.pid for record in records] if labels is None else list(labels)
         self.height, self.width, self.on_error = height, width, on_error
+        # Filled by cache_images: the decoded images [n, 3, height, width], and the index that each one is of.
+        self.pixels: torch.Tensor | None = None
+        self.sources: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -95,3 +99,11 @@ class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int, int]]):
                 if self.on_error == "stop":
                     raise
         raise UnreadableImageError(f"none of {len(self)} images can be read, {self.records[0].path} first")
+
+    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images uint8 [B, 3, height, width], labels and indices int64 [B], from cache_images's memory."""
+        if self.pixels is None or self.sources is None:
+            raise RuntimeError("the images are not in memory: call cache_images first")
+        chosen = torch.tensor(indices)
+        sources = self.sources[chosen]
+        return self.pixels.index_select(0, chosen), torch.tensor([self.labels[i] for i in sources.tolist()]), sources

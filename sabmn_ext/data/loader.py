@@ -1,9 +1,9 @@
-"""Batches for training and evaluation. Workers only decode; all that is random is made here."""
+"""Batches for training and evaluation. Workers only decode; all that is random is drawn here."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .images import ImageDataset, UnreadableImageError, check_on_error, load_image
 from .records import ImageRecord
-from .transforms import normalize
+from .transforms import TrainTransform, normalize
 
 _ORDER, _AUGMENTATION = 1, 2  # keep the random streams of one seed apart
 
@@ -37,26 +37,45 @@ def train_batches(
     epoch: int,
     first_step: int = 0,
     workers: int = 0,
-    transform: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
+    transform: TrainTransform,
+    device: str | torch.device = "cpu",
+    rank: int = 0,
+    processes: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One epoch of (images float32 [B, 3, H, W], labels int64 [B]), shuffled, incomplete last batch dropped.
 
     Order and augmentation are functions of (seed, epoch, step) alone: any number of workers gives the same
-    batches, first_step leaves the earlier ones out without decoding them, and torch's global generator is
-    neither read nor moved. seed, epoch and first_step are 0 or more.
+    batches, with images in memory (cache_images) or without, on any device; first_step leaves the earlier ones out
+    without decoding them, and torch's global generator is neither read nor moved. seed, epoch and first_step are 0
+    or more.
+
+    device: where images are augmented, and where they and the labels end up.
+    rank, processes: of every batch only this process's share, the rank-th of `processes` equal parts, in order.
     """
     steps = steps_per_epoch(dataset, batch_size)
     if min(seed, epoch, first_step) < 0:
         raise ValueError(f"seed, epoch and first_step must be 0 or more, got {seed}, {epoch}, {first_step}")
+    if batch_size % processes or not 0 <= rank < processes:
+        raise ValueError(f"batch_size {batch_size} cannot be shared equally by {processes} processes (rank {rank})")
+    size = batch_size // processes
+    share = slice(rank * size, (rank + 1) * size)
     order = torch.randperm(len(dataset), generator=_generator(_ORDER, seed, epoch)).tolist()
-    batches = [order[step * batch_size : (step + 1) * batch_size] for step in range(first_step, steps)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
-    for step, (images, labels, indices) in enumerate(loader, first_step):
+    batches = [order[step * batch_size : (step + 1) * batch_size][share] for step in range(first_step, steps)]
+    device = torch.device(device)
+    items: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    if dataset.pixels is not None:  # a worker would copy them once more
+        items = map(dataset.batch, batches)
+    else:
+        items = DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
+    for step, (images, labels, indices) in enumerate(items, first_step):
         for wanted, given in zip(batches[step - first_step], indices.tolist(), strict=True):
             if wanted != given:
                 paths = dataset.records[wanted].path, dataset.records[given].path
                 warnings.warn(f"skipped unreadable image {paths[0]}, took {paths[1]} instead", stacklevel=2)
-        yield transform(images, _generator(_AUGMENTATION, seed, epoch, step)), labels
+        if device.type == "cuda":  # the copy to the device then runs beside the computation there
+            images, labels = images.pin_memory(), labels.pin_memory()
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        yield transform(images, _generator(_AUGMENTATION, seed, epoch, step), share, batch_size), labels
 
 
 class _EvaluationImages(Dataset[tuple[torch.Tensor | str, int]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -19,35 +20,47 @@ ERASING: dict[str, tuple[tuple[float, float], tuple[float, float], bool, int]] =
 }
 
 
+_TRIES_AT_ONCE = 8  # nearly every image has its box by then
+
+
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 3, H, W] → float32 [B, 3, H, W]: (x − mean) / std with ImageNet's values."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (images.to(torch.float32) - mean) / std
+    return images.to(torch.float32).sub_(mean).div_(std)
 
 
-def erasing_boxes(
-    kind: str, batch: int, height: int, width: int, generator: torch.Generator
-) -> list[tuple[int, int, int, int] | None]:
-    """For each image a box to erase (top, left, height, width); None if none fitted in the allowed tries."""
+def erasing_boxes(kind: str, batch: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """For each image a box to erase, int64 [batch, 4]: top, left, height, width; all 0 if none of the tries fitted."""
     (low, high), (narrow, tall), logarithmic, tries = ERASING[kind]
     draws = torch.rand((batch, tries, 4), generator=generator, dtype=torch.float64)
-    area = (low + (high - low) * draws[..., 0]) * height * width
-    if logarithmic:
-        aspect = torch.exp(math.log(narrow) + math.log(tall / narrow) * draws[..., 1])
-    else:
-        aspect = narrow + (tall - narrow) * draws[..., 1]
-    h, w = torch.sqrt(area * aspect).round().long(), torch.sqrt(area / aspect).round().long()
-    fits = (h < height) & (w < width)
-    first = fits.to(torch.uint8).argmax(dim=1)
-    boxes: list[tuple[int, int, int, int] | None] = []
-    for i, k in enumerate(first.tolist()):
-        if not fits[i, k]:
-            boxes.append(None)
-            continue
-        bh, bw = int(h[i, k]), int(w[i, k])
-        top, left = int(draws[i, k, 2] * (height - bh + 1)), int(draws[i, k, 3] * (width - bw + 1))
-        boxes.append((top, left, bh, bw))
+    boxes = torch.zeros((batch, 4), dtype=torch.int64)
+    missing = torch.arange(batch)  # images without a box so far
+    for some in draws.split(_TRIES_AT_ONCE, dim=1):
+        part = some[missing]  # [missing, tries, 4]
+        area = (low + (high - low) * part[..., 0]) * height * width
+        if logarithmic:
+            aspect = torch.exp(math.log(narrow) + math.log(tall / narrow) * part[..., 1])
+        else:
+            aspect = narrow + (tall - narrow) * part[..., 1]
+        h, w = torch.sqrt(area * aspect).round().long(), torch.sqrt(area / aspect).round().long()
+        top, left = (part[..., 2] * (height - h + 1)).long(), (part[..., 3] * (width - w + 1)).long()
+        fits = (h < height) & (w < width)
+        first = fits.to(torch.uint8).argmax(dim=1)
+        found = fits.any(dim=1)
+        chosen = torch.stack((top, left, h, w), dim=-1)[torch.arange(len(missing)), first]
+        boxes[missing[found]] = chosen[found]
+        missing = missing[~found]
+        if not len(missing):
+            break
     return boxes
+
+
+class Augmentation(NamedTuple):
+    """What is done to each image of a batch, drawn on the CPU."""
+
+    flip: torch.Tensor  # bool [B]
+    corner: torch.Tensor  # int64 [B, 2]: row and column of the crop within the padded image
+    box: torch.Tensor  # int64 [B, 4]: top, left, height, width to erase; height 0: nothing
 
 
 class TrainTransform:
@@ -87,27 +100,46 @@ class TrainTransform:
         }
         return [name for name, on in used.items() if on]
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        batch = images.shape[0]
-        if images.dtype != torch.uint8 or tuple(images.shape) != (batch, 3, self.height, self.width):
-            wanted = f"uint8 [B, 3, {self.height}, {self.width}]"
-            raise ValueError(f"images must be {wanted}, got {images.dtype} {[*images.shape]}")
+    def draw(self, batch: int, generator: torch.Generator) -> Augmentation:
+        """What is done to each of `batch` images."""
         steps = self.steps
+        flip = torch.zeros(batch, dtype=torch.bool)
+        corner = torch.full((batch, 2), self.padding)
+        box = torch.zeros((batch, 4), dtype=torch.int64)
         if "flip" in steps:
             flip = torch.rand(batch, generator=generator) < self.flip_probability
-            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
         if "pad_crop" in steps:
-            padded = functional.pad(images, (self.padding,) * 4)
-            corner = torch.randint(2 * self.padding + 1, (batch, 2), generator=generator).tolist()
-            images = torch.stack(
-                [padded[i, :, y : y + self.height, x : x + self.width] for i, (y, x) in enumerate(corner)]
-            )
-        out = normalize(images)
+            corner = torch.randint(2 * self.padding + 1, (batch, 2), generator=generator)
         if "erase" in steps:
             erase = torch.rand(batch, generator=generator) < self.erasing_probability
-            boxes = erasing_boxes(self.erasing, batch, self.height, self.width, generator)
-            for i, box in enumerate(boxes):
-                if box is not None and erase[i]:
-                    top, left, h, w = box
-                    out[i, :, top : top + h, left : left + w] = 0
+            box = erasing_boxes(self.erasing, batch, self.height, self.width, generator) * erase.view(-1, 1)
+        return Augmentation(flip, corner, box)
+
+    def __call__(
+        self, images: torch.Tensor, generator: torch.Generator, share: slice | None = None, batch: int | None = None
+    ) -> torch.Tensor:
+        """The augmented images, on the device of `images`; drawing is the CPU's, so that devices agree.
+
+        share, batch: `images` are this share of a batch of that many images, and get what they would in the whole.
+        """
+        count = images.shape[0]
+        if images.dtype != torch.uint8 or tuple(images.shape) != (count, 3, self.height, self.width):
+            wanted = f"uint8 [B, 3, {self.height}, {self.width}]"
+            raise ValueError(f"images must be {wanted}, got {images.dtype} {[*images.shape]}")
+        whole = self.draw(count if batch is None else batch, generator)
+        flip, corner, box = (each[share or slice(None)] for each in whole)
+        if len(flip) != count:
+            raise ValueError(f"share must have an image of the batch for each of {count} images, got {len(flip)}")
+        if flip.any():
+            mirrored = flip.nonzero()[:, 0].to(images.device)
+            images = images.index_copy(0, mirrored, images.index_select(0, mirrored).flip(3))
+        if self.padding:
+            padded = functional.pad(images, (self.padding,) * 4)
+            images = torch.stack(
+                [padded[i, :, y : y + self.height, x : x + self.width] for i, (y, x) in enumerate(corner.tolist())]
+            )
+        out = normalize(images)
+        for image, (top, left, h, w) in zip(out, box.tolist(), strict=True):
+            if h:  # a mask would cost a pass over the whole batch
+                image[:, top : top + h, left : left + w] = 0
         return out

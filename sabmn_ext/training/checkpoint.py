@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from sabmn_ext.nn.sabmn import SABMN
 FORMAT = "sabmn_ext checkpoint 1"
 
 
-def write_atomically(path: str | Path, write: Any) -> None:
-    """Call ``write(file)`` on a new file, bring it to the disk, then let it take the place of ``path``."""
+def write_atomically(path: str | Path, write: Any, previous: str | None = None) -> None:
+    """Call ``write(file)`` on a new file, bring it to the disk, then let it take the place of ``path``.
+
+    previous: the name, in the same folder, that the file which was there so far keeps.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves behind is overwritten
     try:
@@ -23,6 +27,8 @@ def write_atomically(path: str | Path, write: Any) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            _keep(path, path.with_name(previous))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on who noticed it
         temporary.unlink(missing_ok=True)
@@ -35,9 +41,20 @@ def write_atomically(path: str | Path, write: Any) -> None:
             os.close(folder)
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain values in dicts and lists) to ``path``, atomically."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file a second name, so that there is none of its first name missing at any moment."""
+    link = previous.with_name(f".{previous.name}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, link)
+    os.replace(link, previous)
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any], previous: str | None = None) -> None:
+    """Write ``state`` (tensors and plain values in dicts and lists) to ``path``, as write_atomically does."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), previous)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:

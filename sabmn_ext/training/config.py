@@ -50,7 +50,13 @@ class DataKeys:
     cameras: bool = _key(True, "use camera numbers: false switches the same-camera rule off")
     with_val: bool = _key(False, "MSMT17: train on its validation list too")
     on_error: str = _key("stop", "what an unreadable image does: end the run, or be left out", choices=("stop", "skip"))
-    workers: int = _key(0, "processes that decode images; 0: in the main one", low=0, harmless=True)
+    cache: str = _key(
+        "auto",
+        "keep decoded training images in memory: auto does where half of the free memory holds them",
+        choices=("auto", "ram", "off"),
+        harmless=True,
+    )
+    workers: int = _key(0, "processes that decode what is not in memory; 0: in the main one", low=0, harmless=True)
 
 
 @dataclass
@@ -90,7 +96,8 @@ class ModelKeys:
 class TrainKeys:
     epochs: int = _key(260, "passes over the training images", low=1)
     max_steps: int | None = _key(None, "end after this many steps, or 'none'", low=1)
-    batch_size: int = _key(64, "images a step", low=2)
+    batch_size: int = _key(64, "images a step, of all processes together", low=2)
+    sync_bn: bool = _key(False, "several processes: batch norm takes the statistics of all of them; needs GPUs")
     rate_backbone: float = _key(0.001, "learning rate of the backbone", low=0)
     rate_added: float = _key(0.01, "learning rate of the added layers", low=0)
     attention_rate: str = _key("added", "whose rate the attention has", choices=("added", "backbone"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,51 +15,79 @@ from sabmn_ext.nn.sabmn import SABMN
 from sabmn_ext.retrieval import RetrievalResult, evaluate_retrieval
 from sabmn_ext.retrieval.features import extract_features
 from sabmn_ext.training.config import Config
+from sabmn_ext.training.processes import ALONE, Job
 
-Features = tuple[torch.Tensor, list[ImageRecord]]  # [n, feature_dim] float32 on the CPU, and whose they are
+# Of this process's share of the images: [n, feature_dim] float32 on the CPU, and whose they are.
+Features = tuple[torch.Tensor, list[ImageRecord]]
 
 
-def features_of(model: SABMN, records: list[ImageRecord], config: Config, device: torch.device) -> Features:
-    """Features by the run's settings; unreadable images are left out where the settings say so."""
+def features_of(
+    model: SABMN, records: list[ImageRecord], config: Config, device: torch.device, job: Job = ALONE
+) -> Features:
+    """Features of this process's share, by the run's settings; unreadable images are left out where those say so."""
+    share = job.part(len(records), config.evaluation.batch_size)
+    records = records[share.start : share.stop]
     indices: list[int] = []
-    features = extract_features(
-        model,
-        records,
-        height=config.image.height,
-        width=config.image.width,
-        batch_size=config.evaluation.batch_size,
-        device=device,
-        workers=config.data.workers,
-        flip=config.evaluation.flip,
-        precision=config.run.precision,
-        on_error=config.data.on_error,
-        progress=config.run.progress and sys.stderr.isatty(),
-        indices=indices,
-    )
+
+    def extract() -> torch.Tensor:
+        if job.size > 1 and not records:
+            return torch.empty(0, config.model.feature_dim)
+        return extract_features(
+            model,
+            records,
+            height=config.image.height,
+            width=config.image.width,
+            batch_size=config.evaluation.batch_size,
+            device=device,
+            workers=config.data.workers,
+            flip=config.evaluation.flip,
+            precision=config.run.precision,
+            on_error=config.data.on_error,
+            progress=config.run.progress and job.rank == 0 and sys.stderr.isatty(),
+            indices=indices,
+        )
+
+    features = job.run(extract)
     return features, [records[i] for i in indices]
 
 
-def score(query: Features, gallery: Features, cameras: bool, config: Config) -> RetrievalResult:
-    """Retrieval figures; the same features twice are evaluated leave-one-out."""
+def _of_all(features: Features, job: Job) -> Features:
+    """The features of all processes' images, in order."""
+    if job.size == 1:
+        return features
+    own, records = features
+    lists = [[record.path for record in records], [record.pid for record in records], [r.camid for r in records]]
+    texts = job.exchange.gather(np.frombuffer(json.dumps(lists).encode(), np.uint8).copy())
+    everyones = [ImageRecord(*record) for text in texts for record in zip(*json.loads(text.tobytes()), strict=True)]
+    values = np.concatenate(job.exchange.gather(own.numpy().reshape(-1)))
+    return torch.from_numpy(values).view(len(everyones), own.shape[1]), everyones
+
+
+def score(query: Features, gallery: Features, cameras: bool, config: Config, job: Job = ALONE) -> RetrievalResult:
+    """Retrieval figures, the same in all processes; the same features twice are evaluated leave-one-out."""
+    queries = _of_all(query, job)
     return evaluate_retrieval(
-        query[0],
+        queries[0],
         gallery[0],
-        [record.pid for record in query[1]],
+        [record.pid for record in queries[1]],
         [record.pid for record in gallery[1]],
-        [record.camid for record in query[1]] if cameras else None,
+        [record.camid for record in queries[1]] if cameras else None,
         [record.camid for record in gallery[1]] if cameras else None,
         metric=config.evaluation.metric,
         exclude_self=gallery is query,
-        query_names=[record.path for record in query[1]],
+        query_names=[record.path for record in queries[1]],
         gallery_names=[record.path for record in gallery[1]],
+        group=job.group,
     )
 
 
-def retrieval(model: SABMN, data: ReidData, config: Config, device: torch.device) -> RetrievalResult:
+def retrieval(
+    model: SABMN, data: ReidData, config: Config, device: torch.device, job: Job = ALONE
+) -> RetrievalResult:
     """The network's figures on query and gallery."""
-    query = features_of(model, data.query, config, device)
-    gallery = features_of(model, data.gallery, config, device)
-    return score(query, gallery, data.has_cameras, config)
+    query = features_of(model, data.query, config, device, job)
+    gallery = features_of(model, data.gallery, config, device, job)
+    return score(query, gallery, data.has_cameras, config, job)
 
 
 class AttentionShare:
@@ -65,12 +95,11 @@ class AttentionShare:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.change = self.input = 0.0
+        self.squares: list[tuple[float, float]] = []  # of each batch: ‖γa‖², ‖x‖²
 
     def _measure(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = inputs[0].double()  # [B, C, H, W]
-        self.input += float(x.square().sum())
-        self.change += float((output.double() - x).square().sum())
+        self.squares.append((float((output.double() - x).square().sum()), float(x.square().sum())))
 
     def __enter__(self) -> AttentionShare:
         self._hook = self.block.register_forward_hook(self._measure)
@@ -79,30 +108,35 @@ class AttentionShare:
     def __exit__(self, *exception: object) -> None:
         self._hook.remove()
 
-    @property
-    def ratio(self) -> float:
-        return (self.change / self.input) ** 0.5 if self.input else 0.0
+    def ratio(self, job: Job = ALONE) -> float:
+        """Over the images of all processes; summed batch by batch, in one order however many processes there are."""
+        gathered = job.exchange.gather(np.array(self.squares, np.float64).reshape(-1))
+        batches = np.concatenate(gathered).reshape(-1, 2).tolist()
+        change, size = (sum(column) for column in zip(*batches, strict=True)) if batches else (0.0, 0.0)
+        return (change / size) ** 0.5 if size else 0.0
 
 
-def final_figures(model: SABMN, data: ReidData, config: Config, device: torch.device) -> dict[str, Any]:
+def final_figures(
+    model: SABMN, data: ReidData, config: Config, device: torch.device, job: Job = ALONE
+) -> dict[str, Any]:
     """Retrieval on the test images, and with attention: γ, ‖γa‖/‖x‖ over the query images, mAP with γ := 0."""
     if model.attention is None:
         nothing = {"gamma": None, "attention_ratio": None, "map_gamma_zero": None}
-        return {**retrieval(model, data, config, device).to_dict(), **nothing}
+        return {**retrieval(model, data, config, device, job).to_dict(), **nothing}
     with AttentionShare(model.attention) as share:
-        query = features_of(model, data.query, config, device)
-    gallery = features_of(model, data.gallery, config, device)
-    figures = score(query, gallery, data.has_cameras, config).to_dict()
+        query = features_of(model, data.query, config, device, job)
+    gallery = features_of(model, data.gallery, config, device, job)
+    figures = score(query, gallery, data.has_cameras, config, job).to_dict()
     gamma = model.attention.gamma
     trained = gamma.detach().clone()
     try:
         gamma.data.zero_()
-        without = retrieval(model, data, config, device)
+        without = retrieval(model, data, config, device, job)
     finally:
         gamma.data.copy_(trained)
     return {
         **figures,
         "gamma": float(trained),
-        "attention_ratio": share.ratio,
+        "attention_ratio": share.ratio(job),
         "map_gamma_zero": float(without.map),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,13 +22,15 @@ class TrainingInterrupted(RuntimeError):
 class StopRequest:
     """While entered, a signal sets ``signum``, which the loop reads after each step.
 
-    Outside the steps (``at_once``), and for a second signal, TrainingInterrupted is raised where the program is.
+    Outside the steps (``at_once``), and for a second signal, TrainingInterrupted is raised where the program is. A
+    signal within a second of the first is the same one: torchrun passes on what a terminal has sent already.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.signum: int | None = None
         self.at_once = True
+        self._first_at = 0.0
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -41,6 +44,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        second, self.signum = self.signum is not None, number
+        now = time.monotonic()
+        second = self.signum is not None and now - self._first_at > 1
+        if self.signum is None:
+            self.signum, self._first_at = number, now
         if self.at_once or second:
             raise TrainingInterrupted(number, self.out, "outside the training steps" if self.at_once else "twice")

@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sabmn_ext.data.cache import cache_images
 from sabmn_ext.data.images import ImageDataset
 from sabmn_ext.data.loader import steps_per_epoch, train_batches
 from sabmn_ext.data.records import ReidData, load_data
@@ -30,7 +32,9 @@ from sabmn_ext.nn.sabmn import SABMN
 from sabmn_ext.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sabmn_ext.training.config import Config, config_from_dict, differences, load_recipe, to_toml
 from sabmn_ext.training.figures import features_of, final_figures, retrieval, score
+from sabmn_ext.training.folder import only_run_in, repair
 from sabmn_ext.training.interrupt import StopRequest, TrainingInterrupted
+from sabmn_ext.training.processes import ALONE, Job, is_lost
 from sabmn_ext.training.schedule import rate_factor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,9 +80,10 @@ def train_step(
     return loss.detach(), correct
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of torch's generators during one step, below 2^63."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "big") >> 1
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of torch's generators during one step in one of the processes, below 2^63."""
+    key = f"{seed}:{step}" + f":{rank}" * (rank > 0)
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
 def split_identities(data: ReidData, share: float, seed: int) -> tuple[ReidData, ReidData | None]:
@@ -102,12 +107,17 @@ def _fingerprint(data: ReidData) -> str:
     return hashlib.sha256("\n".join(map(str, lists)).encode()).hexdigest()
 
 
-def pick_device(name: str) -> torch.device:
-    """'auto' is a GPU if there is one; a device that is not here is a ValueError."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """'auto' is a GPU if there is one; a device that is not here is a ValueError.
+
+    local_rank: this process's number among those of its machine, each of which takes a GPU of its own.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise ValueError(f"run.device = '{name}': expected auto, cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda" and local_rank is not None:
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"run.device = '{name}': torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -118,13 +128,21 @@ class Trainer:
 
     Args:
         state: a checkpoint's content to go on from, or None to start.
+        job: the processes that train together, each with an equal share of every batch.
     """
 
     def __init__(
-        self, config: Config, data: ReidData, out: Path, state: dict[str, Any] | None, stop: StopRequest
+        self,
+        config: Config,
+        data: ReidData,
+        out: Path,
+        state: dict[str, Any] | None,
+        stop: StopRequest,
+        job: Job = ALONE,
     ) -> None:
-        self.config, self.out, self.stop = config, out, stop
-        self.device = pick_device(config.run.device)
+        self.config, self.out, self.stop, self.job = config, out, stop, job
+        self.device = pick_device(config.run.device, job.local_rank if job.size > 1 else None)
+        self._check_processes(state)
         self.data, self.held_out = split_identities(data, config.evaluation.val_ids, config.run.seed)
         self.fingerprint = _fingerprint(data)
         if state and state["fingerprint"] != self.fingerprint:
@@ -151,6 +169,8 @@ class Trainer:
         if state:  # the weights come from the checkpoint: nothing to download
             keys["weights"] = "none"
         self.model = SABMN(self.data.num_train_identities, **keys).to(self.device)
+        if config.train.sync_bn and job.size > 1:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if config.run.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = self.model.parameter_groups()
@@ -163,6 +183,10 @@ class Trainer:
             weight_decay=config.train.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(self.device.type) if config.run.precision == "fp16" else None
+        self.network: nn.Module = self.model
+        if job.size > 1:  # gradients are averaged; buffers, those of spectral normalisation too, are the first one's
+            gpus = [self.device] if self.device.type == "cuda" else None
+            self.network = nn.parallel.DistributedDataParallel(self.model, device_ids=gpus)
 
         self.step = self.saved_step = 0
         self.seconds = 0.0
@@ -176,6 +200,28 @@ class Trainer:
         self.bar: Any = None
         self.curves: Any = None
 
+    def _check_processes(self, state: dict[str, Any] | None) -> None:
+        """A ValueError where this number of processes cannot train as the settings and the run so far say."""
+        size, batch = self.job.size, self.config.train.batch_size
+        before = state.get("processes", 1) if state else size
+        if before != size:
+            raise ValueError(
+                f"the run in {self.out} has trained with {before} process{'es' * (before > 1)} and cannot go on with"
+                f" {size}: batch norm takes the statistics of each one's share of a batch, and each has dropout of its"
+                f" own, so that the result would be that of neither. Start {before} again, or give a new --out"
+            )
+        if batch % size:
+            raise ValueError(
+                f"train.batch_size = {batch}, all processes together, cannot be shared equally by {size} processes:"
+                f" give a multiple of {size}"
+            )
+        if self.config.train.sync_bn and self.device.type != "cuda" and size > 1:
+            raise ValueError(
+                "train.sync_bn = true: torch's SyncBatchNorm needs a GPU for each process, and this run is on the"
+                f" {self.device.type}. Without it, batch norm takes the statistics of each process's share,"
+                f" {batch // size} images"
+            )
+
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -186,9 +232,16 @@ class Trainer:
         self.log, self.best, self.untrained = state["log"], state["best"], state["untrained"]
 
     def save(self, name: str = "last.pt") -> None:
-        """Write ``last.pt``, or ``best.pt``, which has no optimiser; refuses weights that are not finite."""
+        """Write ``last.pt``, or ``best.pt``, which has no optimiser; refuses weights that are not finite.
+
+        Every process calls it, the first one writes. The checkpoint before ``last.pt`` stays as ``previous.pt``.
+        """
         self._settle()
         self._check_weights()
+        if name == "last.pt":
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+        if self.job.rank > 0:
+            return
         state: dict[str, Any] = {
             "config": self.config.to_dict(),
             "model_config": self.model.config,
@@ -205,12 +258,11 @@ class Trainer:
                 "best": self.best,
                 "untrained": self.untrained,
                 "fingerprint": self.fingerprint,
+                "processes": self.job.size,
             }
             if self.curves is not None:
                 self.curves.flush()  # so that no point before the checkpoint is missing after a kill
-        save_checkpoint(self.out / name, state)
-        if name == "last.pt":
-            self.saved_step, self.saved_at = self.step, time.monotonic()
+        save_checkpoint(self.out / name, state, "previous.pt" if name == "last.pt" else None)
 
     def _check_weights(self) -> None:
         for key, value in self.model.state_dict().items():
@@ -236,27 +288,30 @@ class Trainer:
         config = self.config
         self.started = self.settled_at = time.monotonic()
         self.write_log()
-        self.curves = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+        if self.job.rank == 0:
+            self.curves = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
         batch = config.train.batch_size
         self.bar = tqdm(
             total=self.total_steps * batch, initial=self.step * batch, unit=" images", dynamic_ncols=True,
-            disable=None if config.run.progress else True,
+            disable=None if config.run.progress and self.job.rank == 0 else True,
         )  # fmt: skip
         try:
             self.stop.at_once = False
             self.save()  # before the first step too, so that there is always something to go on from
             while self.step < self.total_steps:
                 self.run_epoch(self.step // self.steps_per_epoch + 1)
+            self.job.copy_buffers(self.model)
         finally:
             self.stop.at_once = True
             self.bar.close()
-            self.curves.close()
+            if self.curves is not None:
+                self.curves.close()
             self.seconds = self._seconds()
 
     def run_epoch(self, epoch: int) -> None:
         """The steps of one epoch that are left, its line in the log, and a checkpoint."""
         config = self.config
-        self.model.train()
+        self.network.train()
         batches: Iterable[tuple[Tensor, Tensor]] = train_batches(
             self.dataset,
             batch_size=config.train.batch_size,
@@ -265,37 +320,41 @@ class Trainer:
             first_step=self.step % self.steps_per_epoch,
             workers=config.data.workers,
             transform=self.transform,
+            device=self.device,
+            rank=self.job.rank,
+            processes=self.job.size,
         )
         self.bar.set_description(f"epoch {epoch}/{config.train.epochs}", refresh=False)
+        signum = 0
         for images, labels in batches:
             self._one_step(images, labels, epoch)
-            if self.stop.signum is not None:
-                break
-            if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
+            every, minutes = config.run.checkpoint_steps, config.run.checkpoint_minutes
+            due = every > 0 and self.step % every == 0
+            late = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+            # All processes stop, and save, after the same step.
+            signum, save = self.job.largest(self.stop.signum or 0, due or late)
+            if signum or self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
                 break  # the epoch's end has a checkpoint of its own
-            due = config.run.checkpoint_steps and self.step % config.run.checkpoint_steps == 0
-            minutes = config.run.checkpoint_minutes
-            if due or (minutes and time.monotonic() - self.saved_at > 60 * minutes):
+            if save:
                 self.save()
         if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
             self._end_epoch(epoch)
         self.save()
-        if self.stop.signum is not None:
+        if signum:
             where = f"after step {self.step} of {self.total_steps}, which is saved"
-            raise TrainingInterrupted(self.stop.signum, self.out, where)
+            raise TrainingInterrupted(signum, self.out, where)
 
     def _one_step(self, images: Tensor, labels: Tensor, epoch: int) -> None:
         config = self.config
-        torch.manual_seed(step_seed(config.run.seed, self.step))
+        torch.manual_seed(step_seed(config.run.seed, self.step, self.job.rank))
         factor = rate_factor(self.step, epoch, self.total_steps, **dataclasses.asdict(config.schedule))
         for group in self.optimizer.param_groups:
             group["lr"] = self.full_rates[group["name"]] * factor
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if config.run.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
             outcome = train_step(
-                self.model,
+                self.network,
                 images,
                 labels,
                 self.optimizer,
@@ -304,7 +363,8 @@ class Trainer:
                 scaler=self.scaler,
             )
         except RuntimeError:  # spectral normalisation refuses weights that are not finite: name the cause, not it
-            self._settle()
+            if self.job.size == 1:  # else it would wait for processes that have no such error
+                self._settle()
             self._check_weights()
             raise
         self.pending.append((*outcome, len(labels)))
@@ -319,8 +379,10 @@ class Trainer:
             return
         loss_tensors, hits, sizes = zip(*self.pending, strict=True)
         self.pending = []
-        losses = torch.stack(loss_tensors).double().tolist()
-        correct, images = int(torch.stack(hits).sum()), sum(sizes)
+        sums = torch.cat((torch.stack(loss_tensors).double(), torch.stack(hits).sum().double()[None]))
+        *losses, correct = self.job.exchange.add(sums.cpu().numpy()).tolist()
+        losses = [loss / self.job.size for loss in losses]  # shares are equal: this is the whole batch's
+        correct, images = int(correct), sum(sizes) * self.job.size
         for step, loss in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
                 raise self._not_finite(f"the loss is {loss}", step)
@@ -337,7 +399,7 @@ class Trainer:
             points[f"rate/{group['name']}"] = group["lr"]
         if self.model.attention is not None:
             points["gamma"] = float(self.model.attention.gamma.detach())
-        for name, value in points.items():
+        for name, value in points.items() if self.curves is not None else ():
             self.curves.add_scalar(name, value, self.step)
         self.bar.set_postfix(loss=f"{points['loss']:.3f}", accuracy=f"{points['accuracy']:.1%}", refresh=False)
 
@@ -358,15 +420,18 @@ class Trainer:
         line += f"  {self._seconds():.0f} s"
         self.log.append(line)
         self.write_log()
-        self.bar.write(line)
+        if self.job.rank == 0:
+            self.bar.write(line)
         sys.stdout.flush()  # a line an epoch, also where the output is a file
 
     def _validate(self, epoch: int) -> float:
         """Leave-one-out mAP on the held-out identities; keeps ``best.pt``."""
         assert self.held_out is not None
-        features = features_of(self.model, self.held_out.train, self.config, self.device)
-        result = score(features, features, self.held_out.has_cameras, self.config)
-        self.curves.add_scalar("held_out_map", result.map, self.step)
+        self.job.copy_buffers(self.model)
+        features = features_of(self.model, self.held_out.train, self.config, self.device, self.job)
+        result = score(features, features, self.held_out.has_cameras, self.config, self.job)
+        if self.curves is not None:
+            self.curves.add_scalar("held_out_map", result.map, self.step)
         if self.best is None or result.map > self.best["held_out_map"]:
             self.best = {"epoch": epoch, "step": self.step, "held_out_map": float(result.map)}
             self.save("best.pt")
@@ -374,69 +439,111 @@ class Trainer:
 
     def write_log(self) -> None:
         """``log.txt`` is written whole each time: a resumed run has each line once."""
-        write_atomically(self.out / "log.txt", lambda file: file.write("".join(f"{x}\n" for x in self.log).encode()))
+        if self.job.rank == 0:
+            text = "".join(f"{line}\n" for line in self.log).encode()
+            write_atomically(self.out / "log.txt", lambda file: file.write(text))
 
 
-def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, out: str | Path, resume: bool = False, job: Job = ALONE) -> dict[str, Any]:
     """Train by ``config`` into the folder ``out``, evaluate, and return what ``result.json`` holds.
 
-    Writes ``config.toml``, ``last.pt``, ``log.txt``, ``tensorboard/``, ``result.json`` and, where identities are
-    held out, ``best.pt``. Nothing of query or gallery influences any of them but ``result.json``, whose figures
-    are those of the last step.
+    Writes ``config.toml``, ``last.pt``, ``previous.pt`` (the checkpoint before it), ``log.txt``, ``tensorboard/``,
+    ``result.json`` and, where identities are held out, ``best.pt``. Nothing of query or gallery influences any of them
+    but ``result.json``, whose figures are those of the last step.
 
     Args:
         resume: go on with the run that is in ``out``; its settings must be the same.
+        job: the processes that train together (``processes.joined``); all of them call this and get the same result.
 
     Raises:
-        ValueError: a run is in ``out`` already and ``resume`` is false; the settings or the data differ from
-            those of the run to resume; settings that do not fit the data.
+        ValueError: a run is in ``out`` already and ``resume`` is false; the settings, the data or the number of
+            processes differ from those of the run to resume; settings that do not fit the data; another process trains
+            in ``out`` at this moment.
         FileNotFoundError: there is nothing in ``out`` to resume.
-        RuntimeError: the loss or a weight is not finite (names the step and the last good checkpoint).
+        RuntimeError: the loss or a weight is not finite, or another process of the job has ended (names the step and
+            the last good checkpoint).
         TrainingInterrupted: SIGINT or SIGTERM; all that was done is saved.
     """
     out = Path(out)
+    with StopRequest(out) as stop, ExitStack() as held:
+
+        def enter() -> None:
+            if resume and not _holds_run(out):
+                raise FileNotFoundError(f"nothing to resume in {out}: it holds no run (no config.toml, no last.pt)")
+            if job.rank == 0:
+                held.enter_context(only_run_in(out))
+                if _holds_run(out) and not resume:
+                    raise ValueError(f"{out} holds a run already: go on with it by --resume, or name another --out")
+                if damage := repair(out):
+                    print(f"note: {damage}", flush=True)
+
+        try:
+            job.run(enter)
+            return _train(config, out, resume, job, stop)
+        except TrainingInterrupted:
+            raise
+        except RuntimeError as error:
+            if job.size == 1 or not is_lost(error):
+                raise
+            raise RuntimeError(
+                f"another of the {job.size} processes has ended or cannot be reached, and the run cannot go on without"
+                f" it (its own message says why, unless it was killed; here: {str(error).strip().splitlines()[0]})."
+                f" Start all of them again with --out {out} --resume: it goes on from the last checkpoint"
+            ) from error
+
+
+def _holds_run(out: Path) -> bool:
+    return any((out / name).exists() for name in ("config.toml", "last.pt"))
+
+
+def _train(config: Config, out: Path, resume: bool, job: Job, stop: StopRequest) -> dict[str, Any]:
+    def say(text: str) -> None:
+        if job.rank == 0:
+            print(text, flush=True)
+
     last = out / "last.pt"
-    if (out / "config.toml").exists() or last.exists():
-        if not resume:
-            raise ValueError(f"{out} holds a run already: go on with it by --resume, or name another --out")
-    elif resume:
-        raise FileNotFoundError(f"nothing to resume in {out}: it holds no run (no config.toml, no last.pt)")
-    with StopRequest(out) as stop:
-        state = load_checkpoint(last) if last.exists() else None
-        if resume:
-            earlier = config_from_dict(state["config"]) if state else load_recipe(str(out / "config.toml"))
-            if changed := differences(earlier, config):
-                raise ValueError(
-                    f"the run in {out} cannot go on under other settings: {'; '.join(changed)}."
-                    " Leave them as they were, or give a new --out"
-                )
-        if not config.data.path:
-            raise ValueError("data.path is not set: give a folder by --data PATH, or --data demo")
-        if (out / "result.json").exists():
-            print(f"the run in {out} is finished; its result:")
-            return json.loads((out / "result.json").read_text())
-        keys = config.data
-        data = load_data(config.data.path, format=keys.format, cameras=keys.cameras, with_val=keys.with_val)
-        for note in data.notes:
-            print(f"note: {note}", flush=True)
-        trainer = Trainer(config, data, out, state, stop)
-        if resume:
-            print(f"going on after step {trainer.step} of {trainer.total_steps}", flush=True)
-        out.mkdir(parents=True, exist_ok=True)
+    state = job.run(lambda: load_checkpoint(last) if last.exists() else None)
+    if resume:
+        earlier = config_from_dict(state["config"]) if state else load_recipe(str(out / "config.toml"))
+        if changed := differences(earlier, config):
+            raise ValueError(
+                f"the run in {out} cannot go on under other settings: {'; '.join(changed)}."
+                " Leave them as they were, or give a new --out"
+            )
+    if not config.data.path:
+        raise ValueError("data.path is not set: give a folder by --data PATH, or --data demo")
+    if (out / "result.json").exists():
+        say(f"the run in {out} is finished; its result:")
+        return json.loads((out / "result.json").read_text())
+    path, keys = config.data.path, config.data
+    data = job.first(lambda: load_data(path, format=keys.format, cameras=keys.cameras, with_val=keys.with_val))
+    for note in data.notes:
+        say(f"note: {note}")
+    trainer = Trainer(config, data, out, state, stop, job)
+    progress = config.run.progress and job.rank == 0
+    too_large = job.run(
+        lambda: cache_images(trainer.dataset, keys.cache, sharers=job.local_size, progress=progress)
+    )
+    if too_large:
+        say(f"note: {too_large}")
+    if resume:
+        say(f"going on after step {trainer.step} of {trainer.total_steps}")
+    if job.rank == 0:
         write_atomically(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
-        if trainer.untrained is None:
-            print("retrieval before training ...", flush=True)
-            trainer.untrained = retrieval(trainer.model, data, config, trainer.device).to_dict()
-        trainer.run()
-        print("retrieval after training ...", flush=True)
-        result = {
-            **final_figures(trainer.model, data, config, trainer.device),
-            "seconds": round(trainer.seconds, 2),
-            "steps": trainer.step,
-            "recipe": config.recipe,
-            "data": data.name,
-            "untrained": trainer.untrained,
-            "best": trainer.best,
-        }
+    if trainer.untrained is None:
+        say("retrieval before training ...")
+        trainer.untrained = retrieval(trainer.model, data, config, trainer.device, job).to_dict()
+    trainer.run()
+    say("retrieval after training ...")
+    result = {
+        **final_figures(trainer.model, data, config, trainer.device, job),
+        "seconds": round(trainer.seconds, 2),
+        "steps": trainer.step,
+        "recipe": config.recipe,
+        "data": data.name,
+        "untrained": trainer.untrained,
+        "best": trainer.best,
+    }
+    if job.rank == 0:
         write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
-        return result
+    return result
