@@ -91,6 +91,7 @@ def test_result_and_files_of_a_run(options, tmp_path):
     result = run(options, out)
     assert set(result) == FIGURES | {
         *("gamma", "attention_ratio", "map_gamma_zero", "seconds", "steps", "recipe", "data", "untrained", "best"),
+        *("intervals", "verification", "counterfactuals"),
     }
     assert set(result["untrained"]) == FIGURES
     assert result["num_queries"] == 3

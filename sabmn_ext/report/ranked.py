@@ -1,7 +1,7 @@
 """Ranked galleries as a picture: a query a row, its nearest valid gallery images beside it, framed green or red."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,13 @@ GREEN, RED, GREY = (30, 160, 60), (215, 45, 40), (90, 90, 90)
 
 @dataclass(frozen=True)
 class Side:
-    """Queries or gallery: features [n, D], labels [n], image files."""
+    """Queries or gallery: features [n, D], labels [n], image files, and the features of changed networks by name."""
 
     features: Tensor
     pids: np.ndarray
     camids: np.ndarray | None
     paths: Sequence[str] | None
+    counterfactuals: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def pick_queries(ap: np.ndarray, pids: np.ndarray, count: int = 2) -> dict[int, str]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from sabmn_ext.data.records import ImageRecord, ReidData
 from sabmn_ext.nn.sabmn import SABMN
+from sabmn_ext.report.evaluation import counterfactual_report, interval_report, verification_report
+from sabmn_ext.report.ranked import Side
 from sabmn_ext.retrieval import RetrievalResult, evaluate_retrieval
+from sabmn_ext.retrieval.counterfactuals import TRAINED, Counterfactuals
 from sabmn_ext.retrieval.features import extract_features
+from sabmn_ext.retrieval.statistics import QueryScores
 from sabmn_ext.training.config import Config
 
+CONFIDENCE = 0.95  # of the intervals in result.json
 Features = tuple[torch.Tensor, list[ImageRecord]]  # [n, feature_dim] float32 on the CPU, and whose they are
 
 
-def features_of(model: SABMN, records: list[ImageRecord], config: Config, device: torch.device) -> Features:
+def features_of(model: nn.Module, records: list[ImageRecord], config: Config, device: torch.device) -> Features:
     """Features by the run's settings; unreadable images are left out where the settings say so."""
     indices: list[int] = []
     features = extract_features(
@@ -84,25 +91,42 @@ class AttentionShare:
         return (self.change / self.input) ** 0.5 if self.input else 0.0
 
 
-def final_figures(model: SABMN, data: ReidData, config: Config, device: torch.device) -> dict[str, Any]:
-    """Retrieval on the test images, and with attention: γ, ‖γa‖/‖x‖ over the query images, mAP with γ := 0."""
-    if model.attention is None:
-        nothing = {"gamma": None, "attention_ratio": None, "map_gamma_zero": None}
-        return {**retrieval(model, data, config, device).to_dict(), **nothing}
-    with AttentionShare(model.attention) as share:
-        query = features_of(model, data.query, config, device)
-    gallery = features_of(model, data.gallery, config, device)
-    figures = score(query, gallery, data.has_cameras, config).to_dict()
-    gamma = model.attention.gamma
-    trained = gamma.detach().clone()
-    try:
-        gamma.data.zero_()
-        without = retrieval(model, data, config, device)
-    finally:
-        gamma.data.copy_(trained)
-    return {
-        **figures,
-        "gamma": float(trained),
-        "attention_ratio": share.ratio,
-        "map_gamma_zero": float(without.map),
+def final_figures(
+    model: SABMN, data: ReidData, config: Config, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Retrieval on the test images, γ and ‖γa‖/‖x‖ over the query images, and what the network loses without its parts.
+
+    Returns:
+        the figures for ``result.json``; of ``ReportContents``, what an evaluation leaves to draw.
+    """
+    network = Counterfactuals(model, config.evaluation.counterfactuals)
+    with AttentionShare(model.attention) if model.attention is not None else nullcontext() as share:
+        query = features_of(network, data.query, config, device)
+    gallery = features_of(network, data.gallery, config, device)
+    features = [network.split(side[0]) for side in (query, gallery)]
+    results = {
+        name: score((features[0][name], query[1]), (features[1][name], gallery[1]), data.has_cameras, config)
+        for name in network.names
     }
+    result = results[TRAINED]
+    counterfactuals, _ = counterfactual_report(results, CONFIDENCE)
+    gamma_zero = results.get("gamma_zero")
+    figures = {
+        **result.to_dict(),
+        "gamma": None if model.attention is None else float(model.attention.gamma.detach()),
+        "attention_ratio": None if share is None else share.ratio,
+        "map_gamma_zero": None if gamma_zero is None else gamma_zero.map,
+        "intervals": interval_report(QueryScores.of(result), CONFIDENCE)[0],
+        "verification": verification_report(result)[0],
+        "counterfactuals": counterfactuals,
+    }
+    query_side, gallery_side = (
+        Side(
+            side[TRAINED],
+            np.array([record.pid for record in records]),
+            np.array([record.camid for record in records]) if data.has_cameras else None,
+            [record.path for record in records],
+        )
+        for side, (_, records) in zip(features, (query, gallery), strict=True)
+    )
+    return figures, {"result": result, "query": query_side, "gallery": gallery_side}

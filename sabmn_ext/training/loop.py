@@ -31,6 +31,7 @@ from sabmn_ext.training.checkpoint import load_checkpoint, save_checkpoint, writ
 from sabmn_ext.training.config import Config, config_from_dict, differences, load_recipe, to_toml
 from sabmn_ext.training.figures import features_of, final_figures, retrieval, score
 from sabmn_ext.training.interrupt import StopRequest, TrainingInterrupted
+from sabmn_ext.training.run_report import write_run_report
 from sabmn_ext.training.schedule import rate_factor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -380,9 +381,9 @@ class Trainer:
 def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, Any]:
     """Train by ``config`` into the folder ``out``, evaluate, and return what ``result.json`` holds.
 
-    Writes ``config.toml``, ``last.pt``, ``log.txt``, ``tensorboard/``, ``result.json`` and, where identities are
-    held out, ``best.pt``. Nothing of query or gallery influences any of them but ``result.json``, whose figures
-    are those of the last step.
+    Writes ``config.toml``, ``last.pt``, ``log.txt``, ``tensorboard/``, ``result.json``, ``report/`` and, where
+    identities are held out, ``best.pt``. Nothing of query or gallery influences any of them but ``result.json`` and
+    the report, whose figures are those of the last step.
 
     Args:
         resume: go on with the run that is in ``out``; its settings must be the same.
@@ -429,8 +430,9 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
             trainer.untrained = retrieval(trainer.model, data, config, trainer.device).to_dict()
         trainer.run()
         print("retrieval after training ...", flush=True)
+        figures, drawn = final_figures(trainer.model, data, config, trainer.device)
         result = {
-            **final_figures(trainer.model, data, config, trainer.device),
+            **figures,
             "seconds": round(trainer.seconds, 2),
             "steps": trainer.step,
             "recipe": config.recipe,
@@ -439,4 +441,6 @@ def train(config: Config, out: str | Path, resume: bool = False) -> dict[str, An
             "best": trainer.best,
         }
         write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
+        if config.run.report:
+            write_run_report(out, config, trainer.model, trainer.device, result, drawn)
         return result
