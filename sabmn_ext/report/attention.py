@@ -81,7 +81,7 @@ def draw_attention(file: Path, network: Network, path: str, *, height: int = 160
     sheet = Image.new("RGB", (GAP + (1 + len(panels)) * cell, 2 * GAP + height + TEXT), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     sheet.paste(image, (GAP, GAP))
-    draw.text((GAP, GAP + height + 2), f"{rows} × {columns} positions", fill="black", font=font)
+    draw.text((GAP, GAP + height + 2), f"{rows} by {columns} positions", fill="black", font=font)
     for number, (title, row, position) in enumerate(panels, start=1):
         left = GAP + number * cell
         heat = Image.fromarray((row / row.max()).reshape(rows, columns).astype(np.float32))
@@ -92,6 +92,6 @@ def draw_attention(file: Path, network: Network, path: str, *, height: int = 160
             y, x = position
             box = (x * width // columns, y * height // rows, (x + 1) * width // columns, (y + 1) * height // rows)
             draw.rectangle((left + box[0], GAP + box[1], left + box[2] - 1, GAP + box[3] - 1), outline=MARK, width=2)
-        text = f"{title}\nat most {row.max() * len(row):.1f} / N"
+        text = f"{title}\nat most {row.max() * len(row):.1f}/N"
         draw.multiline_text((left, GAP + height + 2), text, fill="black", font=font, spacing=2)
     sheet.save(file)

@@ -62,7 +62,7 @@ def difference_report(result: RetrievalResult, other: StoredResult, confidence: 
 
 
 def counterfactual_report(results: dict[str, RetrievalResult], confidence: float) -> tuple[dict[str, Any] | None, str]:
-    """What the network loses without each part (trained − counterfactual), paired, for the JSON and as text.
+    """How far the figures drop without each part (trained − counterfactual), paired, for the JSON and as text.
 
     Args:
         results: of "trained" and of each counterfactual, on the same queries and gallery; with "trained" alone, or
@@ -73,9 +73,9 @@ def counterfactual_report(results: dict[str, RetrievalResult], confidence: float
     if len(results) < 2 or count < 2:
         return None, ""
     lines = [
-        f"counterfactuals: what the network loses, {100 * confidence:g} % intervals, paired, from resampling the "
+        f"counterfactuals: the drop without each part, {100 * confidence:g} % intervals, paired, from resampling the "
         f"{count:,} query identities",
-        f"{'':28}{'mAP':>8}{'loss of mAP':>14}{'':24}{'loss of rank-1':>17}",
+        f"{'':28}{'mAP':>8}{'drop in mAP':>14}{'':24}{'drop in rank-1':>17}",
     ]
     report: dict[str, Any] = {"confidence": confidence, "num_identities": count}
     for name, result in results.items():
@@ -85,7 +85,7 @@ def counterfactual_report(results: dict[str, RetrievalResult], confidence: float
         means = scores.means()
         differences = bootstrap_difference(trained, scores, confidence=confidence)
         report[name] = {
-            figure: {"value": means[figure], "loss": x.value, "low": x.low, "high": x.high}
+            figure: {"value": means[figure], "drop": x.value, "low": x.low, "high": x.high}
             for figure, x in differences.items()
         }
         cells = [

@@ -111,14 +111,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(["<table>", line(header, "th"), *(line(row, "td") for row in rows), "</table>"])
 
 
-def _picture(file: Path, caption: str) -> str:
+def _picture(file: Path, meaning: str, caption: str = "") -> str:
     data = base64.b64encode(file.read_bytes()).decode()
-    text = html.escape(caption)
-    name = html.escape(file.name)
-    return (
-        f'<figure><img alt="{text}" title="{name}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption>'
-        "</figure>"
-    )
+    image = f'<img alt="{html.escape(meaning)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _note(text: str) -> str:
@@ -172,7 +168,7 @@ def _retrieval(contents: ReportContents, folder: Path) -> str:
             for name, title in TITLES.items()
         ]
         parts.append(_table(["in %", "other", "difference", f"{100 * against['confidence']:g} % interval"], rows))
-    parts.append(_picture(folder / "cmc.png", "CMC: how many queries have a match within the first k ranks."))
+    parts.append(_picture(folder / "cmc.png", "CMC curve"))
     return "\n".join(parts)
 
 
@@ -195,8 +191,8 @@ def _verification(contents: ReportContents, folder: Path) -> str:
     header = ["false-positive rate at most, %", "true-positive rate, %", "rate reached, %", "threshold"]
     parts = ["<h2>Verification</h2>", _note(text), _table(header, map(row, report["points"]))]
     if plots.draw_verification(folder / "verification.png", contents.result):
-        caption = "True-positive rate over the false-positive rate, from the lowest rate that can be measured."
-        parts.append(_picture(folder / "verification.png", caption))
+        caption = "From the lowest false-positive rate that can be measured; the points are those of the table."
+        parts.append(_picture(folder / "verification.png", "verification curve", caption))
     return "\n".join(parts)
 
 
@@ -206,7 +202,7 @@ def _counterfactuals(contents: ReportContents, folder: Path) -> str:
         return ""
 
     def cells(x: dict[str, float]) -> list[str]:
-        return [f"{100 * x['loss']:+.2f}", f"{100 * x['low']:+.2f} … {100 * x['high']:+.2f}"]
+        return [f"{100 * x['drop']:+.2f}", f"{100 * x['low']:+.2f} … {100 * x['high']:+.2f}"]
 
     rows = [
         [title, _percent(report[name]["map"]["value"]), *cells(report[name]["map"]), *cells(report[name]["rank1"])]
@@ -214,15 +210,15 @@ def _counterfactuals(contents: ReportContents, folder: Path) -> str:
         if name in report
     ]
     interval = f"{100 * report['confidence']:g} % interval"
-    header = ["in %", "mAP", "loss of mAP", interval, "loss of rank-1", interval]
+    header = ["in %", "mAP", "drop in mAP", interval, "drop in rank-1", interval]
     text = (
-        "The trained network with one part taken out, on the same images. Loss is trained minus changed: above 0 the "
-        f"part helps on this data; where the interval holds 0, {report['num_identities']:,} identities do not show "
-        "that it does. Folding the spectral norm into the weights should lose nothing. A network trained without the "
+        "The trained network with one part taken out, on the same images. The drop is trained minus changed: above 0 "
+        f"the part helps on this data; where the interval holds 0, {report['num_identities']:,} identities do not show "
+        "that it does. Folding the spectral norm into the weights should change nothing. A network trained without the "
         "part may do better than one that has lost it."
     )
     plots.draw_counterfactuals(folder / "counterfactuals.png", report)
-    picture = _picture(folder / "counterfactuals.png", "What the network loses without each part, paired intervals.")
+    picture = _picture(folder / "counterfactuals.png", "drop in mAP and rank-1 with paired intervals")
     return "\n".join(["<h2>What each part is worth</h2>", _note(text), _table(header, rows), picture])
 
 
@@ -243,7 +239,7 @@ def _training(contents: ReportContents, folder: Path) -> str:
         lines = rates if name == "rates" else {name: curves[name]} if name in curves else {}
         if lines:
             plots.draw_training(folder / f"{name}.png", lines, title)
-            parts.append(_picture(folder / f"{name}.png", ""))
+            parts.append(_picture(folder / f"{name}.png", title))
     gamma, ratio = (contents.figures.get(name) for name in ("gamma", "attention_ratio"))
     if gamma is not None and ratio is not None:
         parts.append(
@@ -278,13 +274,13 @@ def _ranked(contents: ReportContents, folder: Path) -> str:
         camera = "" if query.camids is None else f", camera {query.camids[q]}"
         heading = f"{title.capitalize()}: AP {_percent(result.ap[q], 1)} %, first match at rank "
         heading += f"{result.first_match_rank[q]:,}, {result.num_matches[q]:,} matches; person {query.pids[q]}{camera}"
-        parts += [f"<h3>{html.escape(heading)}</h3>", _picture(file, query.paths[q])]
+        parts += [f"<h3>{html.escape(heading)}</h3>", _picture(file, "query and ranked gallery", query.paths[q])]
         if contents.network:
             from sabmn_ext.report.attention import draw_attention
 
             file = folder / f"query{number}_attention.png"
             draw_attention(file, contents.network, query.paths[q])
-            parts.append(_picture(file, ""))
+            parts.append(_picture(file, "the query's attention map"))
     return "\n".join(parts)
 
 

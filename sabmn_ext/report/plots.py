@@ -10,7 +10,7 @@ from sabmn_ext.report.evaluation import COUNTERFACTUAL_TITLES, FALSE_POSITIVE_RA
 from sabmn_ext.retrieval.result import RetrievalResult
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
-BLUE, ORANGE, GREY = "#1f5fa8", "#c8641e", "#666666"
+BLUE, ORANGE = "#1f5fa8", "#c8641e"
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -31,11 +31,11 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     return curves
 
 
-def _axes(width: float = 4.6, height: float = 3.1) -> tuple[Any, Any]:
+def _axes(width: float = 4.4, height: float = 2.9) -> tuple[Any, Any]:
     """A figure of its own, outside pyplot's list of open ones: no display, nothing to close."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -47,9 +47,10 @@ def _axes(width: float = 4.6, height: float = 3.1) -> tuple[Any, Any]:
 def draw_training(file: Path, curves: dict[str, Curve], title: str) -> None:
     """Curves over the steps of a training, with a legend where there are several; in percent if the title says so."""
     figure, axes = _axes()
-    for (name, (steps, values)), color in zip(curves.items(), (BLUE, ORANGE, GREY), strict=False):
+    for (name, (steps, values)), color, style in zip(curves.items(), (BLUE, ORANGE), ("-", "--"), strict=False):
         marker = "o" if len(steps) == 1 else None
-        axes.plot(steps, np.asarray(values) * (100 if "%" in title else 1), color=color, marker=marker, label=name)
+        y = np.asarray(values) * (100 if "%" in title else 1)
+        axes.plot(steps, y, style, color=color, marker=marker, label=name)
     axes.set_xlabel("step")
     axes.set_title(title, fontsize=10)
     if len(curves) > 1:
@@ -64,7 +65,7 @@ def draw_cmc(file: Path, result: RetrievalResult) -> None:
     axes.step(np.arange(1, len(cmc) + 1), cmc, where="post", color=BLUE, marker="o" if len(cmc) == 1 else None)
     axes.set_ylim(min(cmc[0], 90) - 5, 101)
     axes.set_xlabel("rank k")
-    axes.set_title("queries with a match within the first k, %", fontsize=10)
+    axes.set_title("CMC: queries with a match within the first k, %", fontsize=10)
     figure.savefig(file)
 
 
@@ -81,24 +82,24 @@ def draw_verification(file: Path, result: RetrievalResult) -> bool:
     axes.set_xscale("log")
     axes.set_ylim(-2, 102)
     axes.set_xlabel("false-positive rate")
-    axes.set_title("true-positive rate, %", fontsize=10)
+    axes.set_title("verification: true-positive rate, %", fontsize=10)
     figure.savefig(file)
     return True
 
 
 def draw_counterfactuals(file: Path, report: dict[str, Any]) -> None:
-    """The loss of mAP and of rank-1 without each part, with its interval; ``report`` as in the JSON."""
+    """The drop in mAP and in rank-1 without each part, with its interval; ``report`` as in the JSON."""
     names = [name for name in COUNTERFACTUAL_TITLES if name in report]
     figure, axes = _axes(6.4, 1.3 + 0.45 * len(names))
     axes.axvline(0, color="black", linewidth=0.8)
     for figure_name, color, shift in (("map", BLUE, -0.13), ("rank1", ORANGE, 0.13)):
         rows = [report[name][figure_name] for name in names]
-        loss, low, high = (100 * np.array([row[key] for row in rows]) for key in ("loss", "low", "high"))
+        drop, low, high = (100 * np.array([row[key] for row in rows]) for key in ("drop", "low", "high"))
         y = np.arange(len(names)) + shift
         axes.hlines(y, low, high, color=color, linewidth=2)
-        axes.plot(loss, y, "o", color=color, markersize=5, label=TITLES[figure_name])
+        axes.plot(drop, y, "o", color=color, markersize=5, label=TITLES[figure_name])
     axes.set_yticks(range(len(names)), [COUNTERFACTUAL_TITLES[name] for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_title(f"loss in points, {100 * report['confidence']:g} % intervals", fontsize=10)
+    axes.set_title(f"drop in points, {100 * report['confidence']:g} % intervals", fontsize=10)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file)
