@@ -62,7 +62,8 @@ def test_the_brightest_cell_and_the_square(
     sheet = np.asarray(Image.open(tmp_path / "a.png")).astype(float)
     left = GAP + 3 * (112 + GAP)  # the fourth panel: image, mean, upper, middle
     panel = sheet[GAP : GAP + 120, left : left + 60]
-    grey = np.asarray(Image.fromarray(load_image(image, 48, 24).permute(1, 2, 0).numpy()).resize((60, 120)).convert("L"))
+    shown = Image.fromarray(load_image(image, 48, 24).permute(1, 2, 0).numpy()).resize((60, 120))
+    grey = np.asarray(shown.convert("L"))
     for (y, x), share in {(5, 2): 1.0, (0, 0): 0.01 / 0.83, (5, 1): 0.01 / 0.83}.items():
         inside = panel[20 * y + 4 : 20 * y + 16, 20 * x + 4 : 20 * x + 16]
         expected = 0.4 * grey[20 * y + 4 : 20 * y + 16, 20 * x + 4 : 20 * x + 16, None]
