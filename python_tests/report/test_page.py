@@ -17,7 +17,7 @@ from sabmn_ext.report.evaluation import counterfactual_report, interval_report, 
 from sabmn_ext.report.page import ReportContents, write_report
 from sabmn_ext.report.ranked import Side
 from sabmn_ext.retrieval import evaluate_retrieval
-from sabmn_ext.retrieval.statistics import QueryScores
+from sabmn_ext.retrieval.statistics import FIGURES, QueryScores
 
 
 class Page(HTMLParser):
@@ -70,6 +70,8 @@ def contents(tmp_path: Path, seed: int) -> ReportContents:
         "verification": verification_report(result)[0],
         "counterfactuals": counterfactual_report({"trained": result, "gamma_zero": without}, 0.9)[0],
         "untrained": {"map": 0.12345},
+        "against": {"file": "a&b.json", "confidence": 0.9}
+        | {name: {"other": 0.25, "difference": -0.125, "low": -0.5, "high": 0.0625} for name in FIGURES},
         "gamma": -0.25,
         "attention_ratio": 0.125,
         "data": "<i>people</i>",
@@ -102,6 +104,8 @@ def test_everything_is_in_the_page_and_in_files(contents: ReportContents, tmp_pa
     without = contents.figures["counterfactuals"]["gamma_zero"]["map"]
     limits = f"{100 * without['low']:+.2f} … {100 * without['high']:+.2f}"
     assert f"attention off (gamma = 0) {100 * without['value']:.2f} {100 * without['drop']:+.2f} {limits}" in text
+    assert "minus a&b.json" in text
+    assert "rank-1 25.00 -12.50 -50.00 … +6.25" in text
     assert "gamma is -0.2500" in text
     assert "12.50 % of its length" in text
     for title in ("Best", "Worst"):

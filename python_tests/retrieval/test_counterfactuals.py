@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 import sabmn_ext
 from sabmn_ext.functional import attention_map
 from sabmn_ext.retrieval.counterfactuals import Counterfactuals
+from sabmn_ext.training.figures import AttentionShare
 
 
 def small_network(seed: int, **options: Any) -> sabmn_ext.SABMN:
@@ -88,6 +89,17 @@ def test_the_network_stays_as_it_was_and_its_first_layers_run_once(seed: int) ->
     with pytest.raises(RuntimeError):
         counterfactuals(images[:, :2])
     assert not network.attention._forward_hooks
+
+
+def test_the_share_of_the_attention_is_that_of_the_trained_network(seed: int) -> None:
+    network, images = small_network(seed), torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    counterfactuals = Counterfactuals(network).eval()
+    shares = []
+    for module in (network, counterfactuals):
+        with torch.inference_mode(), AttentionShare(network.attention) as share:
+            module(images)
+        shares.append(share.ratio)
+    assert shares[0] == shares[1] > 0
 
 
 def test_only_what_is_there_is_taken_out() -> None:

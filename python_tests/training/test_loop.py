@@ -150,7 +150,8 @@ def test_a_report_that_fails_costs_nothing_else(options, tmp_path, capsys, monke
     result = run(options, tmp_path / "run", "--set", "run.report=true", "--max-steps", "1")
     assert result["steps"] == 1
     printed = capsys.readouterr().out
-    again = f"python -m sabmn_ext.evaluate --checkpoint {tmp_path / 'run' / 'last.pt'} --report {tmp_path / 'run' / 'report'}"
+    files = f"--checkpoint {tmp_path / 'run' / 'last.pt'} --report {tmp_path / 'run' / 'report'}"
+    again = f"python -m sabmn_ext.evaluate {files}"
     assert f"no report: no space left. Everything else is written; the report alone: {again}" in printed
     assert "trained" in printed
     assert "report.html" not in printed

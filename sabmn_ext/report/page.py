@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from sabmn_ext.report import plots
 from sabmn_ext.report.evaluation import COUNTERFACTUAL_TITLES, TITLES
 from sabmn_ext.report.ranked import Side, draw_ranked, pick_queries
 from sabmn_ext.retrieval.result import RetrievalResult
+
+if TYPE_CHECKING:
+    from sabmn_ext.report.attention import Network
 
 PAGE = "report.html"
 
@@ -55,7 +58,7 @@ class ReportContents:
             "untrained", "gamma", "attention_ratio" and "against" are shown.
         result, query, gallery: the evaluation and the features and files that it is about.
         metric: the distance that ranked the gallery.
-        network: of which attention maps are drawn (``sabmn_ext.report.attention.Network``).
+        network: of which attention maps are drawn.
         curves: TensorBoard's folder of the training.
         settings: what was in effect, as text.
     """
@@ -66,7 +69,7 @@ class ReportContents:
     query: Side
     gallery: Side
     metric: str
-    network: Any = None
+    network: "Network | None" = None
     curves: Path | None = None
     settings: str = ""
 

@@ -72,6 +72,8 @@ def draw_ranked(
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from sabmn_ext.data.images import to_rgb
+
     if query.paths is None or gallery.paths is None:
         raise ValueError("ranked galleries need the files of the images")
     with Image.open(query.paths[next(iter(titles))]) as first:
@@ -84,7 +86,7 @@ def draw_ranked(
     def place(path: str, x: int, y: int, color: tuple[int, int, int], lines: Sequence[str]) -> None:
         draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), fill=color)
         with Image.open(path) as image:
-            sheet.paste(image.convert("RGB").resize((width, height)), (x + frame, y + frame))
+            sheet.paste(to_rgb(image).resize((width, height)), (x + frame, y + frame))
         draw.multiline_text((x, y + height + 2 * frame), "\n".join(lines), fill="black", font=font, spacing=2)
 
     def camera(side: Side, index: int) -> str:
