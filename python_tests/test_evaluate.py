@@ -281,3 +281,55 @@ def test_a_checkpoint_on_a_data_set(checkpoint: Path, tmp_path: Path, capsys: py
     assert report["num_gallery"] == 11
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert "last.pt" in error_of(capsys, *line)
+
+
+def test_counterfactuals_and_report_of_a_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sabmn_ext.training.checkpoint import load_checkpoint, save_checkpoint
+
+    state = load_checkpoint(checkpoint)
+    for name, gamma in (("last.pt", 5.0), ("zero.pt", 0.0)):
+        state["model"]["attention.gamma"].fill_(gamma)
+        save_checkpoint(tmp_path / name, state)
+    line = ["--data", str(market(tmp_path / "market")), "--device", "cpu", "--checkpoint"]
+    assert main([*line, str(checkpoint), "--report", str(tmp_path / "report")]) == 0
+    assert "counterfactuals: the drop without each part" in capsys.readouterr().out
+    assert main([*line, str(checkpoint), "--no-counterfactuals", "--json", str(tmp_path / "plain.json")]) == 0
+    assert main([*line, str(tmp_path / "zero.pt"), "--no-counterfactuals"]) == 0
+    assert "the drop without" not in capsys.readouterr().out
+    full, plain, zero = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("last.evaluation", "plain", "zero.evaluation")
+    )
+    counterfactuals = full.pop("counterfactuals")
+    assert plain.pop("counterfactuals") is None
+    assert full == plain
+    assert set(counterfactuals) == {"confidence", "num_identities", "gamma_zero", "uniform", "shuffled"}
+    for figure in FIGURES:
+        assert counterfactuals["gamma_zero"][figure]["value"] == zero[figure]
+        assert counterfactuals["gamma_zero"][figure]["drop"] == full[figure] - zero[figure]
+
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "What each part is worth" in page
+    assert "backbone = &quot;resnet18&quot;" in page
+    assert {f"query{i}_{what}.png" for i in (1, 2, 3, 4) for what in ("ranked", "attention")} <= {
+        file.name for file in (tmp_path / "report").iterdir()
+    }
+
+
+def test_report_of_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path)
+    assert main(["--features", str(file), "--report", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "the features came without the files of their images" in page
+    assert "--no-counterfactuals goes with --checkpoint" in error_of(capsys, "--features", file, "--no-counterfactuals")
+    assert "features.npz: that is a file; expected a folder" in error_of(capsys, "--features", file, "--report", file)
+    assert "there is no folder" in error_of(capsys, "--features", file, "--report", tmp_path / "none" / "report")
+    assert "--report does not go with --conformance" in error_of(capsys, "--conformance", "--report", tmp_path)
+    paths = {
+        f"{side}_paths": np.array([str(tmp_path / f"{side}{i}.jpg") for i in range(n)])
+        for side, n in (("query", 6), ("gallery", 30))
+    }
+    missing = error_of(capsys, "--features", write(tmp_path, **paths), "--report", tmp_path / "report")
+    assert "No such file" in missing
+    assert str(tmp_path / "query") in missing

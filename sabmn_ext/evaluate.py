@@ -3,20 +3,24 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sabmn_ext.ops.retrieval import METRICS
-from sabmn_ext.report.evaluation import difference_report, interval_report, verification_report
+from sabmn_ext.report.evaluation import counterfactual_report, difference_report, interval_report, verification_report
+from sabmn_ext.report.page import ReportContents, check_folder, write_report
 from sabmn_ext.report.ranked import Side, draw_ranked, pick_queries
 from sabmn_ext.retrieval import conformance
+from sabmn_ext.retrieval.counterfactuals import TRAINED, Counterfactuals
 from sabmn_ext.retrieval.evaluation import evaluate_retrieval
 from sabmn_ext.retrieval.files import NEEDED, OPTIONAL, read_features, read_result, write_result
 from sabmn_ext.retrieval.inputs import as_matrix
+from sabmn_ext.retrieval.result import RetrievalResult
 from sabmn_ext.retrieval.statistics import QueryScores
 
 
@@ -56,6 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="result (default: NAME.evaluation.json beside NAME)")
     parser.add_argument("--ranked", type=Path, metavar="FILE.png", help="draw the best, median and worst ranked lists")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page with all results, and its pictures")
+    parser.add_argument(
+        "--no-counterfactuals", action="store_true", help="leave out the network without attention and the like"
+    )
     return parser
 
 
@@ -72,11 +80,16 @@ def given_features(source: Path) -> tuple[Side, Side, dict[str, Any]]:
     return side("query"), side("gallery"), {"features": str(source)}
 
 
-def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
-    """Both sides from a checkpoint and a data set, and what to note in the result; fills in the settings left open."""
+def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any], dict[str, Any]]:
+    """Both sides from a checkpoint and a data set, what to note in the result, and what a report shows of the network.
+
+    Fills in the settings left open.
+    """
     from sabmn_ext.data import load_data
+    from sabmn_ext.report.attention import Network
     from sabmn_ext.retrieval.features import extract_features
     from sabmn_ext.training.checkpoint import load_model
+    from sabmn_ext.training.config import config_from_dict, to_toml
 
     device = args.device
     if device == "auto":
@@ -94,15 +107,17 @@ def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
         print(note)
     args.metric = args.metric or config["evaluation"]["metric"]
     flip = args.flip or config["evaluation"]["flip"]
+    height, width = config["image"]["height"], config["image"]["width"]
+    network = Counterfactuals(model, not args.no_counterfactuals)
     skipped: list[str] = []
 
     def side(records: Sequence[Any]) -> Side:
         indices: list[int] = []
         features = extract_features(
-            model,
+            network,
             records,
-            height=config["image"]["height"],
-            width=config["image"]["width"],
+            height=height,
+            width=width,
             batch_size=args.batch_size or config["evaluation"]["batch_size"],
             device=device,
             workers=args.workers,
@@ -113,10 +128,17 @@ def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
         )
         skipped.extend(records[i].path for i in sorted(set(range(len(records))) - set(indices)))
         pids, camids = (np.array([getattr(records[i], name) for i in indices]) for name in ("pid", "camid"))
-        return Side(features, pids, camids if data.has_cameras else None, [records[i].path for i in indices])
+        paths = [records[i].path for i in indices]
+        others = network.split(features)
+        return Side(others.pop(TRAINED), pids, camids if data.has_cameras else None, paths, others)
 
     about = {"checkpoint": str(args.checkpoint), "data": str(path), "flip": flip, "skipped_images": skipped}
-    return side(data.query), side(data.gallery), about
+    shown = {
+        "network": Network(model, height, width, device) if model.attention is not None else None,
+        "curves": args.checkpoint.parent / "tensorboard",
+        "settings": to_toml(config_from_dict(config)),
+    }
+    return side(data.query), side(data.gallery), about, shown
 
 
 def run(args: argparse.Namespace) -> None:
@@ -126,36 +148,43 @@ def run(args: argparse.Namespace) -> None:
     for option, file in (("--json", args.json), ("--ranked", args.ranked)):
         if file is not None and not file.resolve().parent.is_dir():
             raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
+    if args.report:
+        check_folder(args.report)
     if not 0 < args.confidence < 100:
         raise ValueError(f"--confidence {args.confidence:g}: expected percent between 0 and 100, such as 95")
     other = read_result(args.against) if args.against else None
     if args.features:
-        given = [name for name in ("data", "format", "batch_size", "flip") if getattr(args, name)]
+        given = [name for name in ("data", "format", "batch_size", "flip", "no_counterfactuals") if getattr(args, name)]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} goes with --checkpoint, not with --features")
         query, gallery, about = given_features(args.features)
+        shown: dict[str, Any] = {}
     else:
-        query, gallery, about = extract(args)
+        query, gallery, about, shown = extract(args)
     if args.ranked and (query.paths is None or gallery.paths is None):
         raise ValueError(f"--ranked needs the images: {source} has no query_paths and gallery_paths")
     if args.no_camera_rule:
-        query, gallery = (Side(side.features, side.pids, None, side.paths) for side in (query, gallery))
+        query, gallery = (replace(side, camids=None) for side in (query, gallery))
     elif query.camids is None and gallery.camids is None:
         print("no camera numbers: the camera rule is off")
 
     metric = args.metric or METRICS[0]
-    result = evaluate_retrieval(
-        query.features,
-        gallery.features,
-        query.pids,
-        gallery.pids,
-        query.camids,
-        gallery.camids,
-        metric=metric,
-        max_rank=args.max_rank,
-        query_names=query.paths,
-        gallery_names=gallery.paths,
-    )
+
+    def evaluate(query_features: Tensor, gallery_features: Tensor) -> RetrievalResult:
+        return evaluate_retrieval(
+            query_features,
+            gallery_features,
+            query.pids,
+            gallery.pids,
+            query.camids,
+            gallery.camids,
+            metric=metric,
+            max_rank=args.max_rank,
+            query_names=query.paths,
+            gallery_names=gallery.paths,
+        )
+
+    result = evaluate(query.features, gallery.features)
     print(result.table())
     scores = QueryScores.of(result)
     confidence = args.confidence / 100
@@ -163,6 +192,10 @@ def run(args: argparse.Namespace) -> None:
     print(text)
     verification, text = verification_report(result)
     print(text)
+    others = {name: evaluate(x, gallery.counterfactuals[name]) for name, x in query.counterfactuals.items()}
+    counterfactuals, text = counterfactual_report({TRAINED: result, **others}, confidence)
+    if text:
+        print(text)
     report = result.to_dict() | about
     report |= {
         "num_junk": result.num_junk,
@@ -172,6 +205,7 @@ def run(args: argparse.Namespace) -> None:
         "cmc": result.cmc.tolist(),
         "intervals": intervals,
         "verification": verification,
+        "counterfactuals": counterfactuals,
         "camera_pairs": [asdict(pair) for pair in result.camera_pairs()],
         "queries": scores.to_dict(),
     }
@@ -184,6 +218,9 @@ def run(args: argparse.Namespace) -> None:
         titles = pick_queries(result.ap, query.pids)
         draw_ranked(args.ranked, query, gallery, titles, ap=result.ap, metric=metric)
         print(f"written: {args.ranked}")
+    if args.report:
+        contents = ReportContents(f"Evaluation of {source}", report, result, query, gallery, metric, **shown)
+        print(f"written: {write_report(args.report, contents)}")
 
 
 def check_conformance(folder: Path) -> int:
@@ -201,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         if args.conformance:
-            for name in ("data", "format", "metric", "against", "json", "ranked"):
+            for name in ("data", "format", "metric", "against", "json", "ranked", "report"):
                 if getattr(args, name):
                     raise ValueError(f"--{name} does not go with --conformance")
             return check_conformance(args.conformance)

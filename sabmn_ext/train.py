@@ -147,6 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     if result["gamma"] is not None:
         print(f"attention: gamma {result['gamma']:+.4f}, |gamma a| / |x| {result['attention_ratio']:.4f}")
     print(f"files: {out}/ (result.json, last.pt, log.txt, config.toml, tensorboard/)")
+    if (out / "report" / "report.html").exists():
+        print(f"report: {out / 'report' / 'report.html'}")
     return 0
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from sabmn_ext.report.evaluation import verification_report
+from sabmn_ext.report.evaluation import counterfactual_report, verification_report
 from sabmn_ext.retrieval import evaluate_retrieval
+from sabmn_ext.retrieval.statistics import QueryScores, bootstrap_difference
 from sabmn_ext.retrieval.verification import VerificationPairs
 
 PEOPLE = [1, 1, 2, 2]
@@ -52,3 +53,30 @@ def test_a_collapsed_model_accepts_nothing() -> None:
 
 def test_without_pairs() -> None:
     assert report(None) == (None, "no verification pairs")
+
+
+def test_the_drop_without_each_part(seed: int) -> None:
+    rng, pids = np.random.default_rng(seed), np.repeat(np.arange(8), 3)
+    features = pids[:, None] + rng.normal(size=(24, 2))
+    results = {
+        name: evaluate_retrieval(x, x, pids, pids, exclude_self=True)
+        for name, x in {"trained": features, "uniform": -features, "shuffled": rng.normal(size=(24, 2))}.items()
+    }
+    found, text = counterfactual_report(results, 0.9)
+    assert found is not None
+    json.dumps(found, allow_nan=False)
+    assert list(found) == ["confidence", "num_identities", "uniform", "shuffled"]
+    assert (found["confidence"], found["num_identities"]) == (0.9, 8)
+    for name, title in (("uniform", "attention rows uniform"), ("shuffled", "attention rows shuffled")):
+        pair = QueryScores.of(results["trained"]), QueryScores.of(results[name])
+        for figure, x in bootstrap_difference(*pair, confidence=0.9).items():
+            expected = {"value": pair[1].means()[figure], "drop": x.value, "low": x.low, "high": x.high}
+            assert found[name][figure] == expected
+        (line,) = [line for line in text.splitlines() if line.startswith(title)]
+        assert f"{100 * results[name].map:8.2f}" in line
+        assert f"{100 * (results['trained'].map - results[name].map):+8.2f}" in line
+    assert found["uniform"]["map"]["drop"] == 0  # mirrored features have the same distances
+    assert found["shuffled"]["map"]["drop"] > 0.1
+    assert counterfactual_report({"trained": results["trained"]}, 0.9) == (None, "")
+    one = evaluate_retrieval(np.eye(4), np.eye(4), [1] * 4, [1, 2, 3, 4])
+    assert counterfactual_report({"trained": one, "uniform": one}, 0.9) == (None, "")

@@ -56,4 +56,5 @@ def options(small_market):
         *("--image-size", "64x32", "--batch-size", "8", "--epochs", "3", "--device", "cpu", "--seed", "5"),
         *("--set", "model.feature_dim=32", "--set", "model.num_classifiers=2", "--set", "augment.padding=2"),
         *("--set", "schedule.milestones=[2]", "--set", "run.log_steps=3", "--set", "data.format=auto"),
+        *("--set", "run.report=false", "--set", "evaluation.counterfactuals=false"),
     ]

@@ -91,6 +91,7 @@ def test_result_and_files_of_a_run(options, tmp_path):
     result = run(options, out)
     assert set(result) == FIGURES | {
         *("gamma", "attention_ratio", "map_gamma_zero", "seconds", "steps", "recipe", "data", "untrained", "best"),
+        *("intervals", "verification", "counterfactuals"),
     }
     assert set(result["untrained"]) == FIGURES
     assert result["num_queries"] == 3
@@ -122,6 +123,38 @@ def test_result_and_files_of_a_run(options, tmp_path):
     for name in wanted:
         assert [event.step for event in reader.Scalars(name)][-1] == 12
     assert reader.Scalars("gamma")[-1].value == pytest.approx(result["gamma"], rel=1e-6)
+
+
+def test_a_run_ends_with_a_report(options, tmp_path, capsys):
+    out = tmp_path / "run"
+    on = ["--set", "run.report=true", "--set", "evaluation.counterfactuals=true", "--max-steps", "2"]
+    result = run(options, out, *on)
+    found = result["counterfactuals"]
+    assert set(found) == {"confidence", "num_identities", "gamma_zero", "uniform", "shuffled", "folded"}
+    assert result["map_gamma_zero"] == found["gamma_zero"]["map"]["value"]
+    assert result["intervals"]["map"][0] <= result["map"] <= result["intervals"]["map"][1]
+    assert f"report: {out / 'report' / 'report.html'}" in capsys.readouterr().out
+    page = (out / "report" / "report.html").read_text()
+    assert f"<td>{100 * result['map']:.2f}</td>" in page
+    assert f"<td>{100 * result['untrained']['map']:.2f}</td>" in page
+    assert "max_steps = 2" in page
+    pictures = {file.name for file in (out / "report").glob("*.png")}
+    assert pictures >= {"loss.png", "gamma.png", "cmc.png", "counterfactuals.png", "query3_attention.png"}
+
+
+def test_a_report_that_fails_costs_nothing_else(options, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("sabmn_ext.report.page.write_report", full)
+    result = run(options, tmp_path / "run", "--set", "run.report=true", "--max-steps", "1")
+    assert result["steps"] == 1
+    printed = capsys.readouterr().out
+    files = f"--checkpoint {tmp_path / 'run' / 'last.pt'} --report {tmp_path / 'run' / 'report'}"
+    again = f"python -m sabmn_ext.evaluate {files}"
+    assert f"no report: no space left. Everything else is written; the report alone: {again}" in printed
+    assert "trained" in printed
+    assert "report.html" not in printed
 
 
 def test_without_attention_its_figures_are_null(options, tmp_path):

@@ -39,8 +39,9 @@ def test_the_running_trainer_follows_the_paper(recipe, large_enough_market, tmp_
     monkeypatch.setattr(loop, "save_checkpoint", lambda *_: None)  # 200 MB each
     figures = {"map": 0.0, "chance_map": 0.0, "num_queries": 0, "num_valid_queries": 0, "num_gallery": 0}
     monkeypatch.setattr(loop, "retrieval", lambda *_: type("Untrained", (), {"to_dict": lambda self: figures})())
-    monkeypatch.setattr(loop, "final_figures", lambda *_: {**figures, "gamma": None, "map_gamma_zero": None})
+    monkeypatch.setattr(loop, "final_figures", lambda *_: ({**figures, "gamma": None, "map_gamma_zero": None}, {}))
     options = ["--recipe", recipe, "--data", str(large_enough_market), "--weights", "none", "--device", "cpu"]
+    options += ["--set", "run.report=false"]
     assert main([*options, "--out", str(tmp_path / "run")]) == 0
 
     trainer = trainers[0]

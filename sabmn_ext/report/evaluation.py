@@ -3,12 +3,19 @@
 import math
 from typing import Any
 
+from sabmn_ext.retrieval.counterfactuals import TRAINED
 from sabmn_ext.retrieval.files import StoredResult
 from sabmn_ext.retrieval.result import RetrievalResult
 from sabmn_ext.retrieval.statistics import QueryScores, bootstrap, bootstrap_difference
 
 TITLES = {"map": "mAP", "map_trapezoid": "mAP (trapezoid)", "minp": "mINP", "rank1": "rank-1"}
 FALSE_POSITIVE_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+COUNTERFACTUAL_TITLES = {
+    "gamma_zero": "attention off (gamma = 0)",
+    "uniform": "attention rows uniform",
+    "shuffled": "attention rows shuffled",
+    "folded": "spectral norm folded",
+}
 
 
 def interval_report(scores: QueryScores, confidence: float) -> tuple[dict[str, Any] | None, str]:
@@ -52,6 +59,41 @@ def difference_report(result: RetrievalResult, other: StoredResult, confidence: 
         figures[name] = {"other": that, "difference": x.value, "low": x.low, "high": x.high, "zero_within": 0 in x}
     lines.append("This covers the sample of test identities, not the noise of training: that takes several seeds.")
     return {"file": str(other.file), "confidence": confidence, "num_identities": count, **figures}, "\n".join(lines)
+
+
+def counterfactual_report(results: dict[str, RetrievalResult], confidence: float) -> tuple[dict[str, Any] | None, str]:
+    """How far the figures drop without each part (trained − counterfactual), paired, for the JSON and as text.
+
+    Args:
+        results: of "trained" and of each counterfactual, on the same queries and gallery; with "trained" alone, or
+            where one identity alone was asked for, there is nothing to report.
+    """
+    trained = QueryScores.of(results[TRAINED])
+    count = trained.num_identities
+    if len(results) < 2 or count < 2:
+        return None, ""
+    lines = [
+        f"counterfactuals: the drop without each part, {100 * confidence:g} % intervals, paired, from resampling the "
+        f"{count:,} query identities",
+        f"{'':28}{'mAP':>8}{'drop in mAP':>14}{'':24}{'drop in rank-1':>17}",
+    ]
+    report: dict[str, Any] = {"confidence": confidence, "num_identities": count}
+    for name, result in results.items():
+        if name == TRAINED:
+            continue
+        scores = QueryScores.of(result)
+        means = scores.means()
+        differences = bootstrap_difference(trained, scores, confidence=confidence)
+        report[name] = {
+            figure: {"value": means[figure], "drop": x.value, "low": x.low, "high": x.high}
+            for figure, x in differences.items()
+        }
+        cells = [
+            f"{100 * x.value:+8.2f}  ({100 * x.low:+6.2f} … {100 * x.high:+6.2f})"
+            for x in (differences["map"], differences["rank1"])
+        ]
+        lines.append(f"{COUNTERFACTUAL_TITLES[name]:28}{100 * means['map']:8.2f}" + "".join(f"{x:>32}" for x in cells))
+    return report, "\n".join(lines)
 
 
 def verification_report(result: RetrievalResult) -> tuple[dict[str, Any] | None, str]:

@@ -1,7 +1,7 @@
 """Ranked galleries as a picture: a query a row, its nearest valid gallery images beside it, framed green or red."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,13 @@ GREEN, RED, GREY = (30, 160, 60), (215, 45, 40), (90, 90, 90)
 
 @dataclass(frozen=True)
 class Side:
-    """Queries or gallery: features [n, D], labels [n], image files."""
+    """Queries or gallery: features [n, D], labels [n], image files, and the features of changed networks by name."""
 
     features: Tensor
     pids: np.ndarray
     camids: np.ndarray | None
     paths: Sequence[str] | None
+    counterfactuals: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def pick_queries(ap: np.ndarray, pids: np.ndarray, count: int = 2) -> dict[int, str]:
@@ -71,6 +72,8 @@ def draw_ranked(
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from sabmn_ext.data.images import to_rgb
+
     if query.paths is None or gallery.paths is None:
         raise ValueError("ranked galleries need the files of the images")
     with Image.open(query.paths[next(iter(titles))]) as first:
@@ -83,7 +86,7 @@ def draw_ranked(
     def place(path: str, x: int, y: int, color: tuple[int, int, int], lines: Sequence[str]) -> None:
         draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), fill=color)
         with Image.open(path) as image:
-            sheet.paste(image.convert("RGB").resize((width, height)), (x + frame, y + frame))
+            sheet.paste(to_rgb(image).resize((width, height)), (x + frame, y + frame))
         draw.multiline_text((x, y + height + 2 * frame), "\n".join(lines), fill="black", font=font, spacing=2)
 
     def camera(side: Side, index: int) -> str:

@@ -119,6 +119,7 @@ class EvaluationKeys:
     metric: str = _key("euclidean", "distance between features", choices=("euclidean", "cosine"))
     flip: bool = _key(False, "average the features of an image and its mirror image")
     batch_size: int = _key(64, "images a step of feature extraction", low=1, harmless=True)
+    counterfactuals: bool = _key(True, "score the network without attention and the like at the end", harmless=True)
     val_ids: float = _key(0.0, "share of the training identities held out to choose best.pt", low=0, high=0.9)
     val_every: int = _key(10, "epochs between evaluations of the held-out identities", low=1)
 
@@ -133,6 +134,7 @@ class RunKeys:
     checkpoint_steps: int = _key(0, "write last.pt every so many steps too; 0: never", low=0, harmless=True)
     log_steps: int = _key(10, "steps between points of the curves, checks of the loss", low=1, harmless=True)
     progress: bool = _key(True, "show progress bars on a terminal", harmless=True)
+    report: bool = _key(True, "write a page with all results at the end: report/report.html", harmless=True)
 
 
 @dataclass

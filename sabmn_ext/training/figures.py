@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,22 @@ from torch import nn
 
 from sabmn_ext.data.records import ImageRecord, ReidData
 from sabmn_ext.nn.sabmn import SABMN
+from sabmn_ext.report.evaluation import counterfactual_report, interval_report, verification_report
+from sabmn_ext.report.ranked import Side
 from sabmn_ext.retrieval import RetrievalResult, evaluate_retrieval
+from sabmn_ext.retrieval.counterfactuals import TRAINED, Counterfactuals
 from sabmn_ext.retrieval.features import extract_features
+from sabmn_ext.retrieval.statistics import QueryScores
 from sabmn_ext.training.config import Config
 from sabmn_ext.training.processes import ALONE, Job
 
+CONFIDENCE = 0.95  # of the intervals in result.json
 # Of this process's share of the images: [n, feature_dim] float32 on the CPU, and whose they are.
 Features = tuple[torch.Tensor, list[ImageRecord]]
 
 
 def features_of(
-    model: SABMN, records: list[ImageRecord], config: Config, device: torch.device, job: Job = ALONE
+    model: nn.Module, records: list[ImageRecord], config: Config, device: torch.device, job: Job = ALONE
 ) -> Features:
     """Features of this process's share, by the run's settings; unreadable images are left out where those say so."""
     share = job.part(len(records), config.evaluation.batch_size)
@@ -31,7 +37,8 @@ def features_of(
 
     def extract() -> torch.Tensor:
         if job.size > 1 and not records:
-            return torch.empty(0, config.model.feature_dim)
+            variants = (len(model.names),) if isinstance(model, Counterfactuals) else ()
+            return torch.empty(0, *variants, config.model.feature_dim)
         return extract_features(
             model,
             records,
@@ -118,25 +125,44 @@ class AttentionShare:
 
 def final_figures(
     model: SABMN, data: ReidData, config: Config, device: torch.device, job: Job = ALONE
-) -> dict[str, Any]:
-    """Retrieval on the test images, and with attention: γ, ‖γa‖/‖x‖ over the query images, mAP with γ := 0."""
-    if model.attention is None:
-        nothing = {"gamma": None, "attention_ratio": None, "map_gamma_zero": None}
-        return {**retrieval(model, data, config, device, job).to_dict(), **nothing}
-    with AttentionShare(model.attention) as share:
-        query = features_of(model, data.query, config, device, job)
-    gallery = features_of(model, data.gallery, config, device, job)
-    figures = score(query, gallery, data.has_cameras, config, job).to_dict()
-    gamma = model.attention.gamma
-    trained = gamma.detach().clone()
-    try:
-        gamma.data.zero_()
-        without = retrieval(model, data, config, device, job)
-    finally:
-        gamma.data.copy_(trained)
-    return {
-        **figures,
-        "gamma": float(trained),
-        "attention_ratio": share.ratio(job),
-        "map_gamma_zero": float(without.map),
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Retrieval on the test images, γ and ‖γa‖/‖x‖ over the query images, and what the network loses without its parts.
+
+    Returns:
+        the figures for ``result.json``; of ``ReportContents``, what an evaluation leaves to draw.
+    """
+    network = Counterfactuals(model, config.evaluation.counterfactuals)
+    with AttentionShare(model.attention) if model.attention is not None else nullcontext() as share:
+        query = features_of(network, data.query, config, device, job)
+    gallery = features_of(network, data.gallery, config, device, job)
+    features = [network.split(side[0]) for side in (query, gallery)]
+    results = {
+        name: score((features[0][name], query[1]), (features[1][name], gallery[1]), data.has_cameras, config, job)
+        for name in network.names
     }
+    result = results[TRAINED]
+    counterfactuals, _ = counterfactual_report(results, CONFIDENCE)
+    gamma_zero = results.get("gamma_zero")
+    figures = {
+        **result.to_dict(),
+        "gamma": None if model.attention is None else float(model.attention.gamma.detach()),
+        "attention_ratio": None if share is None else share.ratio(job),
+        "map_gamma_zero": None if gamma_zero is None else gamma_zero.map,
+        "intervals": interval_report(QueryScores.of(result), CONFIDENCE)[0],
+        "verification": verification_report(result)[0],
+        "counterfactuals": counterfactuals,
+    }
+    sides = (  # of all processes, though the first one alone draws
+        _of_all((variants[TRAINED], records), job)
+        for variants, (_, records) in zip(features, (query, gallery), strict=True)
+    )
+    query_side, gallery_side = (
+        Side(
+            trained,
+            np.array([record.pid for record in records]),
+            np.array([record.camid for record in records]) if data.has_cameras else None,
+            [record.path for record in records],
+        )
+        for trained, records in sides
+    )
+    return figures, {"result": result, "query": query_side, "gallery": gallery_side}

@@ -35,6 +35,7 @@ from sabmn_ext.training.figures import features_of, final_figures, retrieval, sc
 from sabmn_ext.training.folder import only_run_in, repair
 from sabmn_ext.training.interrupt import StopRequest, TrainingInterrupted
 from sabmn_ext.training.processes import ALONE, Job, is_lost
+from sabmn_ext.training.run_report import write_run_report
 from sabmn_ext.training.schedule import rate_factor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -448,8 +449,8 @@ def train(config: Config, out: str | Path, resume: bool = False, job: Job = ALON
     """Train by ``config`` into the folder ``out``, evaluate, and return what ``result.json`` holds.
 
     Writes ``config.toml``, ``last.pt``, ``previous.pt`` (the checkpoint before it), ``log.txt``, ``tensorboard/``,
-    ``result.json`` and, where identities are held out, ``best.pt``. Nothing of query or gallery influences any of them
-    but ``result.json``, whose figures are those of the last step.
+    ``result.json``, ``report/`` and, where identities are held out, ``best.pt``. Nothing of query or gallery influences
+    any of them but ``result.json`` and the report, whose figures are those of the last step.
 
     Args:
         resume: go on with the run that is in ``out``; its settings must be the same.
@@ -535,8 +536,9 @@ def _train(config: Config, out: Path, resume: bool, job: Job, stop: StopRequest)
         trainer.untrained = retrieval(trainer.model, data, config, trainer.device, job).to_dict()
     trainer.run()
     say("retrieval after training ...")
+    figures, drawn = final_figures(trainer.model, data, config, trainer.device, job)
     result = {
-        **final_figures(trainer.model, data, config, trainer.device, job),
+        **figures,
         "seconds": round(trainer.seconds, 2),
         "steps": trainer.step,
         "recipe": config.recipe,
@@ -546,4 +548,6 @@ def _train(config: Config, out: Path, resume: bool, job: Job, stop: StopRequest)
     }
     if job.rank == 0:
         write_atomically(out / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
+        if config.run.report:
+            write_run_report(out, config, trainer.model, trainer.device, result, drawn)
     return result
