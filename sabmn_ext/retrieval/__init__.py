@@ -2,5 +2,6 @@
 
 from sabmn_ext.retrieval.evaluation import evaluate_distances, evaluate_retrieval
 from sabmn_ext.retrieval.result import RetrievalResult
+from sabmn_ext.retrieval.search import topk
 
-__all__ = ["RetrievalResult", "evaluate_distances", "evaluate_retrieval"]
+__all__ = ["RetrievalResult", "evaluate_distances", "evaluate_retrieval", "topk"]
