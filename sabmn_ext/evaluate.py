@@ -14,9 +14,11 @@ from sabmn_ext.ops.retrieval import METRICS
 from sabmn_ext.report.evaluation import difference_report, interval_report, verification_report
 from sabmn_ext.report.ranked import Side, draw_ranked, pick_queries
 from sabmn_ext.retrieval import conformance
-from sabmn_ext.retrieval.evaluation import evaluate_retrieval
+from sabmn_ext.retrieval.evaluation import evaluate_distances, evaluate_retrieval
 from sabmn_ext.retrieval.files import NEEDED, OPTIONAL, read_features, read_result, write_result
-from sabmn_ext.retrieval.inputs import as_matrix
+from sabmn_ext.retrieval.inputs import as_labels, as_matrix
+from sabmn_ext.retrieval.reranking import rerank
+from sabmn_ext.retrieval.result import RetrievalResult
 from sabmn_ext.retrieval.statistics import QueryScores
 
 
@@ -43,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", choices=METRICS, help="distance (default: the checkpoint's, else euclidean)")
     parser.add_argument("--flip", action="store_true", help="average the features of each image and its mirror image")
     parser.add_argument("--no-camera-rule", action="store_true", help="keep gallery images of the query's own camera")
+    parser.add_argument("--rerank", action="store_true", help="by k-reciprocal neighbours (k1 20, k2 6, lambda 0.3)")
     parser.add_argument("--max-rank", type=int, default=50, metavar="K", help="length of the CMC curve (default: 50)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: the checkpoint's)")
@@ -119,6 +122,35 @@ def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
     return side(data.query), side(data.gallery), about
 
 
+def without_junk(gallery: Side) -> Side:
+    """The items whose pid is not −1."""
+    count, paths, camids = len(gallery.features), gallery.paths, gallery.camids
+    pids = as_labels("gallery_pids", gallery.pids, count)
+    kept = np.flatnonzero(pids != -1)
+    return Side(
+        gallery.features[torch.from_numpy(kept)],
+        pids[kept],
+        None if camids is None else as_labels("gallery_camids", camids, count)[kept],
+        None if paths is None else [paths[i] for i in kept.tolist()],
+    )
+
+
+def score(query: Side, gallery: Side, metric: str, args: argparse.Namespace) -> RetrievalResult:
+    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    if args.rerank:
+        distances = rerank(query.features, gallery.features, metric=metric)
+        return evaluate_distances(distances, *labels, max_rank=args.max_rank)
+    return evaluate_retrieval(
+        query.features,
+        gallery.features,
+        *labels,
+        metric=metric,
+        max_rank=args.max_rank,
+        query_names=query.paths,
+        gallery_names=gallery.paths,
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print the tables, write the JSON and the picture."""
     source: Path = args.checkpoint or args.features
@@ -128,6 +160,8 @@ def run(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
     if not 0 < args.confidence < 100:
         raise ValueError(f"--confidence {args.confidence:g}: expected percent between 0 and 100, such as 95")
+    if args.rerank and args.ranked:
+        raise ValueError("--ranked draws the plain ranking, not the re-ranked one: give one of --rerank and --ranked")
     other = read_result(args.against) if args.against else None
     if args.features:
         given = [name for name in ("data", "format", "batch_size", "flip") if getattr(args, name)]
@@ -144,18 +178,10 @@ def run(args: argparse.Namespace) -> None:
         print("no camera numbers: the camera rule is off")
 
     metric = args.metric or METRICS[0]
-    result = evaluate_retrieval(
-        query.features,
-        gallery.features,
-        query.pids,
-        gallery.pids,
-        query.camids,
-        gallery.camids,
-        metric=metric,
-        max_rank=args.max_rank,
-        query_names=query.paths,
-        gallery_names=gallery.paths,
-    )
+    if args.rerank:
+        gallery = without_junk(gallery)
+        print("re-ranked by k-reciprocal neighbours, junk removed first")
+    result = score(query, gallery, metric, args)
     print(result.table())
     scores = QueryScores.of(result)
     confidence = args.confidence / 100
@@ -167,6 +193,7 @@ def run(args: argparse.Namespace) -> None:
     report |= {
         "num_junk": result.num_junk,
         "metric": metric,
+        **({"rerank": {"k1": 20, "k2": 6, "lambda": 0.3}} if args.rerank else {}),
         "camera_rule": result.camera_rule,
         "invalid_queries": [q if query.paths is None else query.paths[q] for q in result.invalid_queries],
         "cmc": result.cmc.tolist(),

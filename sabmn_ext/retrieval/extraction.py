@@ -11,6 +11,7 @@ disk, then their lines to the CSV. A line in the CSV therefore stands for a whol
 
 import csv
 import hashlib
+import io
 import json
 import os
 import struct
@@ -157,14 +158,18 @@ def _line(record: ImageRecord, labelled: bool) -> tuple[str, str, str]:
     return record.path, str(record.pid) if labelled else "", str(record.camid) if record.camid >= 0 else ""
 
 
+def _csv_rows(text: str) -> list[list[str]]:
+    """The whole lines of a CSV that may be cut off anywhere, without the first one."""
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    whole = rows if text.endswith("\n") and text.count('"') % 2 == 0 else rows[:-1]
+    return whole[1:]
+
+
 def _kept_rows(features: Path, lines: Path, records: Sequence[ImageRecord], row_bytes: int) -> list[int]:
     """The records whose features an earlier call has brought to the disk, ascending."""
     if not features.exists() or not lines.exists():
         return []
-    text = lines.read_text(encoding="utf-8")
-    rows = list(csv.reader(text.splitlines(keepends=True)))[1:]
-    if not text.endswith("\n"):
-        rows = rows[:-1]
+    rows = _csv_rows(lines.read_bytes().decode("utf-8", errors="ignore"))
     kept, index = [], 0
     for row in rows[: max(0, features.stat().st_size - _HEADER_BYTES) // row_bytes]:
         while index < len(records) and records[index].path != row[0]:

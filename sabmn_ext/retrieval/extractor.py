@@ -56,14 +56,18 @@ class Extractor:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         self.checkpoint = Path(checkpoint)
-        self.model, self.config = load_model(checkpoint, self.device)
-        evaluation = self.config["evaluation"]
-        self.feature_dim: int = self.model.config["feature_dim"]
-        self.height, self.width = self.config["image"]["height"], self.config["image"]["width"]
-        self.metric: str = evaluation["metric"]
-        self.flip: bool = evaluation["flip"] if flip is None else flip
-        self.precision: str = self.config["run"]["precision"]
-        self.batch_size: int = batch_size or evaluation["batch_size"]
+        try:
+            self.model, self.config = load_model(checkpoint, self.device)
+            evaluation = self.config["evaluation"]
+            self.feature_dim: int = self.model.config["feature_dim"]
+            self.height, self.width = self.config["image"]["height"], self.config["image"]["width"]
+            self.metric: str = evaluation["metric"]
+            self.flip: bool = evaluation["flip"] if flip is None else flip
+            self.precision: str = self.config["run"]["precision"]
+            self.batch_size: int = batch_size or evaluation["batch_size"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise ValueError(f"{checkpoint} is incomplete or of another version of sabmn_ext ({reason})") from None
 
     def __call__(self, images: Any) -> Tensor:
         """[B, feature_dim] float32 on the CPU: the features of one image (B = 1), of a sequence of them, or of a batch.

@@ -65,7 +65,8 @@ def neighbors(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As ``topk``, with distances as they are ranked (Euclidean: squared); and [Q] the largest ones, if asked for."""
     query, gallery = as_matrix("query", query), as_matrix("gallery", gallery)
-    k = _check(query, gallery, k, metric)
+    check_sides(query, gallery, metric)
+    k = _check_k(k, len(gallery))
     largest = max(check_features("query", query, metric, None), check_features("gallery", gallery, metric, None))
     bound = _Bound.of(query, metric, largest)
     nearest, last = [], []
@@ -79,7 +80,8 @@ def neighbors(
     return distances, indices, torch.cat(last) if farthest else None
 
 
-def _check(query: Tensor, gallery: Tensor, k: Any, metric: str) -> int:
+def check_sides(query: Tensor, gallery: Tensor, metric: str) -> None:
+    """A TypeError or ValueError unless [Q, D] and [G, D] can be compared."""
     if metric not in METRICS:
         raise ValueError(f"metric '{metric}' is unknown; expected one of {', '.join(METRICS)}")
     if query.dtype != gallery.dtype or query.device != gallery.device:
@@ -90,12 +92,15 @@ def _check(query: Tensor, gallery: Tensor, k: Any, metric: str) -> int:
         raise ValueError(f"query and gallery must be [Q, D] and [G, D] with one D ≥ 1, but are {both}")
     if len(query) == 0 or len(gallery) == 0:
         raise ValueError(f"there are no {'gallery items' if len(query) else 'queries'}")
+
+
+def _check_k(k: Any, num_gallery: int) -> int:
     try:
         number = operator.index(k)
     except TypeError:
         raise TypeError(f"k is {k!r}; expected an integer") from None
-    if not 1 <= number <= len(gallery):
-        raise ValueError(f"k is {number}; expected 1 to {len(gallery)}, the number of gallery items")
+    if not 1 <= number <= num_gallery:
+        raise ValueError(f"k is {number}; expected 1 to {num_gallery}, the number of gallery items")
     return number
 
 
