@@ -1,0 +1,53 @@
+"""``python -m sabmn_ext.evaluate --rerank``: junk goes first, the rest is re-ranked, and the result says so."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from feature_files import draw, error_of, write
+
+import sabmn_ext
+from sabmn_ext.evaluate import main
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_result_is_that_of_the_reranked_distances(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str, seed: int
+) -> None:
+    names = {f"{side}_paths": np.array([f"{i}.jpg" for i in range(n)]) for side, n in (("query", 6), ("gallery", 30))}
+    file = write(tmp_path, seed, **names)
+    arrays = draw(seed)
+    kept = arrays["gallery_pids"] != -1
+    assert 0 < kept.sum() < 30
+    distances = sabmn_ext.rerank(arrays["query_features"], arrays["gallery_features"][kept], metric=metric)
+    gallery = [arrays[f"gallery_{name}"][kept] for name in ("pids", "camids")]
+    labels = arrays["query_pids"], gallery[0], arrays["query_camids"], gallery[1]
+    expected = sabmn_ext.evaluate_distances(distances, *labels)
+    line = ["--features", str(file), "--metric", metric]
+    plain, reranked = tmp_path / "plain.json", tmp_path / "reranked.json"
+    assert main([*line, "--json", str(plain)]) == 0
+    capsys.readouterr()
+    assert main([*line, "--json", str(reranked), "--rerank", "--against", str(plain)]) == 0
+    printed = capsys.readouterr().out
+    assert "re-ranked by k-reciprocal neighbours, junk removed first" in printed
+    assert expected.table() in printed
+    assert "difference to" in printed
+    a, b = (json.loads(path.read_text()) for path in (plain, reranked))
+    assert (b["map"], b["num_gallery"]) == (expected.map, int(kept.sum()))
+    assert (b["metric"], b["rerank"]) == (metric, {"k1": 20, "k2": 6, "lambda": 0.3})
+    assert "rerank" not in a
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give one of --rerank and --ranked" in error_of(
+        capsys, "--features", write(tmp_path), "--rerank", "--ranked", tmp_path / "a.png"
+    )
+    for changes, message in (
+        ({"gallery_pids": np.full(30, -1)}, "there are no gallery items"),
+        ({"gallery_pids": np.ones(40, int)}, "gallery_pids has shape [40]; expected [30]"),
+        ({"gallery_camids": np.ones(20, int)}, "gallery_camids has shape [20]; expected [30]"),
+        ({"query_features": np.full((6, 3), np.nan, np.float32)}, "query row 0 holds NaN"),
+    ):
+        assert message in error_of(capsys, "--features", write(tmp_path, **changes), "--rerank")
+    assert not list(tmp_path.glob("*.json"))
