@@ -43,11 +43,12 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "give one of --rerank and --ranked" in error_of(
         capsys, "--features", write(tmp_path), "--rerank", "--ranked", tmp_path / "a.png"
     )
+    names = {"query_paths": np.array([f"{i}.jpg" for i in range(6)])}
     for changes, message in (
         ({"gallery_pids": np.full(30, -1)}, "there are no gallery items"),
         ({"gallery_pids": np.ones(40, int)}, "gallery_pids has shape [40]; expected [30]"),
         ({"gallery_camids": np.ones(20, int)}, "gallery_camids has shape [20]; expected [30]"),
-        ({"query_features": np.full((6, 3), np.nan, np.float32)}, "query row 0 holds NaN"),
+        ({"query_features": np.full((6, 3), np.nan, np.float32)} | names, "query_features row 0 (0.jpg) holds NaN"),
     ):
         assert message in error_of(capsys, "--features", write(tmp_path, **changes), "--rerank")
     assert not list(tmp_path.glob("*.json"))

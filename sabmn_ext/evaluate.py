@@ -16,7 +16,7 @@ from sabmn_ext.report.ranked import Side, draw_ranked, pick_queries
 from sabmn_ext.retrieval import conformance
 from sabmn_ext.retrieval.evaluation import evaluate_distances, evaluate_retrieval
 from sabmn_ext.retrieval.files import NEEDED, OPTIONAL, read_features, read_result, write_result
-from sabmn_ext.retrieval.inputs import as_labels, as_matrix
+from sabmn_ext.retrieval.inputs import as_labels, as_matrix, check_features
 from sabmn_ext.retrieval.reranking import rerank
 from sabmn_ext.retrieval.result import RetrievalResult
 from sabmn_ext.retrieval.statistics import QueryScores
@@ -138,6 +138,8 @@ def without_junk(gallery: Side) -> Side:
 def score(query: Side, gallery: Side, metric: str, args: argparse.Namespace) -> RetrievalResult:
     labels = query.pids, gallery.pids, query.camids, gallery.camids
     if args.rerank:
+        for name, side in (("query_features", query), ("gallery_features", gallery)):
+            check_features(name, side.features, metric, side.paths)  # names the image
         distances = rerank(query.features, gallery.features, metric=metric)
         return evaluate_distances(distances, *labels, max_rank=args.max_rank)
     return evaluate_retrieval(

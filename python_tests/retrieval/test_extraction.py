@@ -21,9 +21,9 @@ from sabmn_ext.retrieval import extraction
 from sabmn_ext.retrieval.extraction import images_below, read_part, write_features
 
 
-@pytest.fixture
-def extractor(tmp_path: Path) -> sabmn_ext.Extractor:
-    return sabmn_ext.Extractor(write_checkpoint(tmp_path / "last.pt"), device="cpu")
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory: pytest.TempPathFactory) -> sabmn_ext.Extractor:
+    return sabmn_ext.Extractor(write_checkpoint(tmp_path_factory.mktemp("run") / "last.pt"), device="cpu")
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_another_checkpoint_other_settings_and_other_images(
 
     other = sabmn_ext.Extractor(write_checkpoint(tmp_path / "other.pt", seed=1), device="cpu")
     refused(r"out holds features of another checkpoint \(.*last\.pt, with other contents than .*other\.pt\)", other)
-    refused("features of other settings", sabmn_ext.Extractor(tmp_path / "last.pt", device="cpu", flip=True))
+    refused("features of other settings", sabmn_ext.Extractor(extractor.checkpoint, device="cpu", flip=True))
     refused("other gallery images .13 images then, 12 now", changed=records[:-1])
     refused("other gallery images", changed=[records[0]._replace(pid=77), *records[1:]])
     os.utime(records[3].path, ns=(1, 1))

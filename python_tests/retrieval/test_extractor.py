@@ -17,19 +17,19 @@ from sabmn_ext.retrieval.features import extract_features
 from sabmn_ext.training.checkpoint import FORMAT, load_model
 
 
-@pytest.fixture
-def extractor(tmp_path: Path) -> sabmn_ext.Extractor:
-    return sabmn_ext.Extractor(write_checkpoint(tmp_path / "last.pt"), device="cpu")
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory: pytest.TempPathFactory) -> sabmn_ext.Extractor:
+    return sabmn_ext.Extractor(write_checkpoint(tmp_path_factory.mktemp("run") / "last.pt"), device="cpu")
 
 
 def test_files_as_the_evaluation_has_them(extractor: sabmn_ext.Extractor, tmp_path: Path) -> None:
     paths = write_images(tmp_path, [f"{i}.png" for i in range(10)])
-    model, config = load_model(tmp_path / "last.pt")
+    model, config = load_model(extractor.checkpoint)
     records = [ImageRecord(str(path), 0, 0) for path in paths]
     for flip in (False, True):
         options: dict[str, Any] = {"height": 32, "width": 16, "batch_size": 4, "device": "cpu", "flip": flip}
         expected = extract_features(model, records, progress=False, **options)
-        found = sabmn_ext.Extractor(tmp_path / "last.pt", device="cpu", flip=flip)(paths)
+        found = sabmn_ext.Extractor(extractor.checkpoint, device="cpu", flip=flip)(paths)
         assert (found.shape, found.dtype, found.requires_grad) == ((10, 16), torch.float32, False)
         assert torch.equal(found, expected)
     assert (extractor.height, extractor.width, extractor.feature_dim) == (32, 16, 16)

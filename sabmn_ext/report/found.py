@@ -25,8 +25,9 @@ class Found:
     @property
     def labels(self) -> str:
         """What is known of it, in words."""
-        known = (("person", self.pid), ("camera", self.camid))
-        return ", ".join(f"{name} {value}" for name, value in known if value)
+        person = "junk" if self.pid == "-1" else f"person {self.pid}" if self.pid else ""
+        camera = f"camera {self.camid}" if self.camid else ""
+        return ", ".join(filter(None, (person, camera)))
 
 
 def _read(path: str) -> "Image.Image":
