@@ -117,7 +117,7 @@ def table(found: Sequence[Found]) -> str:
     lines = [f"{'rank':>4}{'distance':>12}  {'':12}  image"]
     for rank, item in enumerate(found, start=1):
         same = "same person" if item.same else ""
-        labels = f"  ({item.labels})" if item.labels else ""
+        labels = f"  ({', '.join(item.labels)})" if item.labels else ""
         lines.append(f"{rank:4d}{item.distance:12.5g}  {same:12}  {item.path}{labels}")
     return "\n".join(lines)
 

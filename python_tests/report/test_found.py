@@ -34,10 +34,10 @@ def test_picture(tmp_path: Path) -> None:
 
 
 def test_labels_and_a_missing_image(tmp_path: Path) -> None:
-    assert Found("a.png", 1.0, None, "7", "2").labels == "person 7, camera 2"
-    assert Found("a.png", 1.0, None, "-1", "2").labels == "junk, camera 2"
-    assert Found("a.png", 1.0, None, "", "2").labels == "camera 2"
-    assert Found("a.png", 1.0, None, "", "").labels == ""
+    assert Found("a.png", 1.0, None, "7", "2").labels == ["person 7", "camera 2"]
+    assert Found("a.png", 1.0, None, "-1", "2").labels == ["junk", "camera 2"]
+    assert Found("a.png", 1.0, None, "", "2").labels == ["camera 2"]
+    assert Found("a.png", 1.0, None, "", "").labels == []
     query = image(tmp_path / "query.png", (255, 0, 255))
     with pytest.raises(OSError, match=r"cannot draw .*gone\.png \(FileNotFoundError"):
         draw_found(tmp_path / "x.png", [(query, [Found(str(tmp_path / "gone.png"), 1.0, None, "", "")])])

@@ -183,6 +183,12 @@ def test_another_checkpoint_other_settings_and_other_images(
     refused("other gallery images .13 images then, 13 now, or other paths, labels, sizes or times of change")
 
 
+def test_two_at_a_time(extractor: sabmn_ext.Extractor, records: list[ImageRecord], tmp_path: Path) -> None:
+    with extraction._locked(tmp_path), pytest.raises(ValueError, match="another extraction is writing into"):
+        write_features(tmp_path, extractor, {"gallery": records}, labelled=True)
+    assert write_features(tmp_path, extractor, {"gallery": records}, labelled=True) == {"gallery": 13}
+
+
 def test_more_parts_later_and_nothing_twice(
     extractor: sabmn_ext.Extractor, records: list[ImageRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

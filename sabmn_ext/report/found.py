@@ -23,11 +23,10 @@ class Found:
     camid: str
 
     @property
-    def labels(self) -> str:
+    def labels(self) -> list[str]:
         """What is known of it, in words."""
         person = "junk" if self.pid == "-1" else f"person {self.pid}" if self.pid else ""
-        camera = f"camera {self.camid}" if self.camid else ""
-        return ", ".join(filter(None, (person, camera)))
+        return [words for words in (person, f"camera {self.camid}" if self.camid else "") if words]
 
 
 def _read(path: str) -> "Image.Image":
@@ -59,7 +58,8 @@ def draw_found(file: str | Path, lists: Sequence[tuple[str, Sequence[Found]]], c
     proportions = sorted(picture.width / picture.height for picture in pictures.values())
     width = round(min(max(_HEIGHT * proportions[len(proportions) // 2], _WIDTHS[0]), _WIDTHS[1]))
     font = ImageFont.load_default(11)
-    cell, row = width + 2 * _FRAME + _GAP, _HEIGHT + 2 * _FRAME + 3 * _LINE + _GAP
+    num_lines = 2 + max((len(item.labels) for _, found in lists for item in found), default=0)
+    cell, row = width + 2 * _FRAME + _GAP, _HEIGHT + 2 * _FRAME + num_lines * _LINE + _GAP
     top = _GAP + (_LINE + _GAP if caption else 0)
     columns = 1 + max(len(found) for _, found in lists)
     sheet_width = max(3 * _GAP + columns * cell, 2 * _GAP + round(font.getlength(caption)))
@@ -92,6 +92,6 @@ def draw_found(file: str | Path, lists: Sequence[tuple[str, Sequence[Found]]], c
         place(query, _GAP, y, BLACK, ("query", Path(query).name))
         for rank, item in enumerate(found, start=1):
             color = GREEN if item.same else GREY
-            lines = (f"{rank}: {item.distance:#.4g}", Path(item.path).name, item.labels)
+            lines = (f"{rank}: {item.distance:#.4g}", Path(item.path).name, *item.labels)
             place(item.path, 2 * _GAP + rank * cell, y, color, lines)
     sheet.save(file)

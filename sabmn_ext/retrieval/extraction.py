@@ -16,7 +16,8 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,26 @@ def write_features(
         "parts": {name: _fingerprint(records, labelled) for name, records in parts.items()},
     }
     out.mkdir(parents=True, exist_ok=True)
-    _check_identity(out, identity)
-    return {
-        name: _write_part(out, name, extractor, records, labelled, workers, on_error, progress)
-        for name, records in parts.items()
-    }
+    with _locked(out):
+        _check_identity(out, identity)
+        return {
+            name: _write_part(out, name, extractor, records, labelled, workers, on_error, progress)
+            for name, records in parts.items()
+        }
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Refuse a second extraction into the same folder at the same time, where the system can tell."""
+    with open(out / ".lock", "w") as lock:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another extraction is writing into {out}: wait, or name another --out") from None
+        yield
 
 
 def settings_of(extractor: Extractor) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def topk(query: Array, gallery: Array, k: int, *, metric: str = "euclidean") -> 
         distances [Q, k] float64 and indices [Q, k] int64, on the features' device. Both are exact: those of a stable
         sort of the float64 distances, whatever the tiles, the threads or the processor.
 
+    Memory: a float32 copy of the queries, some 30 bytes for each of their k nearest items, and 100 MB.
+
     Raises:
         TypeError, ValueError: dtypes, devices or dimensions that do not fit; k out of range; NaN or infinite features
             (names the row), zero features with the cosine metric.
@@ -69,13 +71,14 @@ def neighbors(
     k = _check_k(k, len(gallery))
     largest = max(check_features("query", query, metric, None), check_features("gallery", gallery, metric, None))
     bound = _Bound.of(query, metric, largest)
-    nearest, last = [], []
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        for rows in query.split(_QUERY_ROWS):
-            kept = [_Kept(k, 1.0, bound)] + [_Kept(1, -1.0, bound)] * farthest
-            found = _search(rows, gallery, bound, kept)
-            nearest.append(found[0])
-            last += [-distances[:, 0] for distances, _ in found[1:]]
+        blocks = [_Block(rows, bound, k, farthest) for rows in query.split(_QUERY_ROWS)]
+        for first in range(0, len(gallery), _TILE_ROWS):
+            tile, longest = bound.gallery_columns(gallery[first : first + _TILE_ROWS])
+            for block in blocks:
+                block.add(tile, longest, first)
+        nearest = [_refine(block, block.nearest, gallery) for block in blocks]
+        last = [-_refine(block, block.farthest, gallery)[0][:, 0] for block in blocks if block.farthest]
     distances, indices = (torch.cat(parts) for parts in zip(*nearest, strict=True))
     return distances, indices, torch.cat(last) if farthest else None
 
@@ -198,16 +201,19 @@ class _Kept:
         self.values, self.items = values, items
 
 
-def _search(query: Tensor, gallery: Tensor, bound: _Bound, kept: list[_Kept]) -> list[tuple[Tensor, Tensor]]:
-    """What each of ``kept`` asks for: signed distances [rows, k] and items [rows, k]."""
-    rows, lengths = bound.reduce(query)
-    columns = bound.query_columns(rows, lengths)
-    for first in range(0, len(gallery), _TILE_ROWS):
-        tile, longest = bound.gallery_columns(gallery[first : first + _TILE_ROWS])
-        product = columns @ tile.T  # [rows, tile]
-        for each in kept:
-            each.add(product, each.offset(lengths, longest), first)
-    return [_refine(query, gallery, columns, lengths, each) for each in kept]
+class _Block:
+    """Some queries, and what is kept for them while the gallery passes by in tiles."""
+
+    def __init__(self, query: Tensor, bound: _Bound, k: int, farthest: bool) -> None:
+        rows, self.lengths = bound.reduce(query)
+        self.query, self.columns = query, bound.query_columns(rows, self.lengths)
+        self.nearest = _Kept(k, 1.0, bound)
+        self.farthest = _Kept(1, -1.0, bound) if farthest else None
+
+    def add(self, tile: Tensor, longest: float, first: int) -> None:
+        product = self.columns @ tile.T  # [rows, tile]
+        for kept in filter(None, (self.nearest, self.farthest)):
+            kept.add(product, kept.offset(self.lengths, longest), first)
 
 
 # ---- refine ----
@@ -217,9 +223,9 @@ def _distances(query: Tensor, gallery: Tensor, rows: Tensor, items: Tensor, kept
     return kept.sign * torch.ops.sabmn_ext.pair_distances(query, gallery, rows, items, kept.bound.metric, None)
 
 
-def _refine(
-    query: Tensor, gallery: Tensor, columns: Tensor, lengths: Tensor, kept: _Kept
-) -> tuple[Tensor, Tensor]:
+def _refine(block: _Block, kept: _Kept, gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """What is asked for: signed distances [rows, k] and items [rows, k]."""
+    query = block.query
     assert kept.values is not None
     assert kept.items is not None
     items = kept.items.sort(dim=1).values  # [rows, count]
@@ -231,8 +237,8 @@ def _refine(
         limits = distances[:, -1] * kept.bound.unit
         uncertain = (kept.values.amax(dim=1) <= limits).nonzero()[:, 0]
         for few in uncertain.split(max(1, _OPEN_PAIRS // len(gallery))):
-            found = _refine_all(query[few], gallery, columns[few], lengths[few], limits[few], kept)
-            distances[few], items[few] = found
+            open_rows = query[few], gallery, block.columns[few], block.lengths[few], limits[few]
+            distances[few], items[few] = _refine_all(*open_rows, kept)
     return distances, items
 
 
