@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_data import make_fake_market
-from small_checkpoint import write_checkpoint, write_images
+from small_checkpoint import models_read_once, write_checkpoint, write_images  # noqa: F401  (a fixture)
 
 from sabmn_ext import evaluate
 from sabmn_ext.extract import main
+
+pytestmark = pytest.mark.usefixtures("models_read_once")
 
 
 @pytest.fixture

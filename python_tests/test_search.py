@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from fake_data import make_fake_market
 from PIL import Image
-from small_checkpoint import write_checkpoint, write_images
+from small_checkpoint import models_read_once, write_checkpoint, write_images  # noqa: F401  (a fixture)
 
 import sabmn_ext
 from sabmn_ext import extract
 from sabmn_ext.search import main
+
+pytestmark = pytest.mark.usefixtures("models_read_once")
 
 
 @pytest.fixture

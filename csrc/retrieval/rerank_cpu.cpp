@@ -110,6 +110,50 @@ namespace {
 
 constexpr int64_t tile_rows = 32;  // of the gallery, as double: with a chunk of queries in the second-level cache
 
+// The sums of exact.h for `group` rows of the gallery at a time: as many as keep all sums in registers, since one sum alone
+// waits for its own additions.
+constexpr int group = 8 / parts;
+
+template <Metric metric>
+void group_of_sums(const double* query, const double* gallery, int64_t padded, double* out) {
+    Doubles sums[group][parts] = {};
+    for (int64_t k = 0; k < padded; k += num_lanes) {
+#pragma GCC unroll 8
+        for (int part = 0; part < parts; ++part) {
+            const Doubles q = load(query + k + part * double_width);
+#pragma GCC unroll 4
+            for (int row = 0; row < group; ++row) {
+                const Doubles g = load(gallery + row * padded + k + part * double_width), difference = q - g;
+                sums[row][part] += metric == Metric::cosine ? q * g : difference * difference;
+            }
+        }
+    }
+    for (int row = 0; row < group; ++row) {
+        double lanes[num_lanes];
+        for (int part = 0; part < parts; ++part) {
+            *reinterpret_cast<Doubles*>(lanes + part * double_width) = sums[row][part];
+        }
+        for (int half = num_lanes / 2; half > 0; half /= 2) {
+            for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+        }
+        out[row] = lanes[0];
+    }
+}
+
+// The distances of one query to `count` rows, which fill up whole groups in memory.
+template <Metric metric>
+void row_of_distances(const double* query, double query_norm, const double* gallery, const double* norms, int64_t padded,
+                      int64_t count, double* out) {
+    for (int64_t first = 0; first < count; first += group) {
+        double sums[group];
+        group_of_sums<metric>(query, gallery + first * padded, padded, sums);
+        for (int64_t j = first; j < smaller(first + group, count); ++j) {
+            const double total = sums[j - first];
+            out[j] = metric == Metric::cosine ? cosine_distance(total, query_norm, norms[j]) : total;
+        }
+    }
+}
+
 // Rows as double, and their norms.
 void load_rows(const Matrix& matrix, ReadRow* read, int64_t first, int64_t count, double* rows, double* norms) {
     const int64_t padded = padded_dim(matrix.columns);
@@ -138,6 +182,7 @@ int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric
         double* tile_norms = query_norms + chunk;
         double* query_values = tile_norms + tile_rows;
         double* tile_values = query_values + chunk * padded;
+        for (int64_t i = 0; i < tile_rows * padded; ++i) tile_values[i] = 0.0;  // the last tile may not fill a group
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < query.rows; first += chunk) {
             const int64_t num_queries = smaller(chunk, query.rows - first);
@@ -146,14 +191,10 @@ int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric
                 const int64_t count = smaller(tile_rows, num_items - tile);
                 load_rows(gallery, read, tile, count, tile_values, tile_norms);
                 for (int64_t i = 0; i < num_queries; ++i) {
-                    const double* q = query_values + i * padded;
-                    double* out = distances + (first + i) * num_items + tile;
-                    for (int64_t j = 0; j < count; ++j) {
-                        const double* g = tile_values + j * padded;
-                        out[j] = metric == Metric::cosine
-                                     ? cosine_distance(sum<Metric::cosine>(q, g, padded), query_norms[i], tile_norms[j])
-                                     : sum<Metric::squared_euclidean>(q, g, padded);
-                    }
+                    const auto row = metric == Metric::cosine ? row_of_distances<Metric::cosine>
+                                                              : row_of_distances<Metric::squared_euclidean>;
+                    row(query_values + i * padded, query_norms[i], tile_values, tile_norms, padded, count,
+                        distances + (first + i) * num_items + tile);
                 }
             }
             for (int64_t i = first; i < first + num_queries; ++i) {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from sabmn_ext.data.images import UnreadableImageError
 from sabmn_ext.data.records import ImageRecord
 from sabmn_ext.retrieval import extraction
 from sabmn_ext.retrieval.extraction import images_below, read_part, write_features
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +95,8 @@ def test_it_goes_on_from_any_state_that_a_kill_leaves(
         return sabmn_ext.Extractor.features_of_normalized(extractor, images)
 
     monkeypatch.setattr(extractor, "features_of_normalized", counted)
+    checksum = extraction.file_sha256(extractor.checkpoint)
+    monkeypatch.setattr(extraction, "file_sha256", lambda file: checksum)
     for _ in range(12):
         for file in out.glob("gallery*"):
             file.unlink()
@@ -107,6 +118,7 @@ def test_it_goes_on_from_any_state_that_a_kill_leaves(
     assert len(set(once_more)) > 3
 
 
+@pytest.mark.heavy
 def test_sigkill(extractor: sabmn_ext.Extractor, tmp_path: Path) -> None:
     paths = write_images(tmp_path / "images", [f"{i:03}.png" for i in range(120)])
     out = tmp_path / "out"

@@ -1,6 +1,7 @@
 """Extractor: one picture has one feature, in whatever form it comes; anything else is refused and named."""
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from sabmn_ext.data.images import UnreadableImageError
 from sabmn_ext.data.records import ImageRecord
 from sabmn_ext.retrieval.features import extract_features
 from sabmn_ext.training.checkpoint import FORMAT, load_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

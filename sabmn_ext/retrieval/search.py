@@ -31,6 +31,7 @@ from sabmn_ext.ops.retrieval import METRICS, distance_exponent
 from sabmn_ext.retrieval.inputs import Array, as_matrix, check_features
 
 _QUERY_ROWS, _TILE_ROWS = 2048, 4096
+_BLOCK_ROWS = 256  # in float64 at a time
 _SPARE = 16  # candidates beyond those asked for, and an eighth of these
 _OPEN_PAIRS = 1 << 22  # at a time, where the lists are not certain
 
@@ -77,10 +78,9 @@ def neighbors(
             tile, longest = bound.gallery_columns(gallery[first : first + _TILE_ROWS])
             for block in blocks:
                 block.add(tile, longest, first)
-        nearest = [_refine(block, block.nearest, gallery) for block in blocks]
-        last = [-_refine(block, block.farthest, gallery)[0][:, 0] for block in blocks if block.farthest]
-    distances, indices = (torch.cat(parts) for parts in zip(*nearest, strict=True))
-    return distances, indices, torch.cat(last) if farthest else None
+        distances, indices = _refine(blocks, [block.nearest for block in blocks], gallery)
+        last = [block.farthest for block in blocks if block.farthest]
+        return distances, indices, -_refine(blocks, last, gallery)[0][:, 0] if last else None
 
 
 def check_sides(query: Tensor, gallery: Tensor, metric: str) -> None:
@@ -156,19 +156,32 @@ class _Bound:
             spare * (16 * (dim + 2) * 2.0**-126 + dim * 2.0**-1074 * shift + 32 * sums * shift * (metric == "cosine")),
         )
 
-    def reduce(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """a [rows, D] float64, and ‖a‖ [rows]."""
-        rows = (_directions(features, self.metric) - self.center) * 2.0**self.scale
-        return rows, rows.square().sum(dim=1).sqrt()
+    def columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, D + 2] float32, the first D of them a; and ‖a‖ [rows] float64."""
+        dim, shift = features.shape[1], 2.0**self.scale
+        columns = torch.empty(len(features), dim + 2, device=features.device)
+        lengths = torch.empty(len(features), dtype=torch.float64, device=features.device)
+        for first in range(0, len(features), _BLOCK_ROWS):
+            some = slice(first, first + _BLOCK_ROWS)
+            rows = torch.add(-shift * self.center, _directions(features[some], self.metric), alpha=shift)
+            columns[some, :dim] = rows
+            lengths[some] = torch.linalg.vector_norm(rows, dim=1)
+        return columns, lengths
 
-    def query_columns(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        ones = torch.full_like(lengths, 1 - self.square - self.own)
-        return torch.column_stack((-2 * rows, ones, -self.dot * lengths)).float()  # [rows, D + 2]
+    def query_columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, D + 2], and ‖a‖ [rows] float64."""
+        columns, lengths = self.columns(features)
+        columns[:, :-2] *= -2
+        columns[:, -2] = 1 - self.square - self.own
+        columns[:, -1] = -self.dot * lengths
+        return columns, lengths
 
     def gallery_columns(self, features: Tensor) -> tuple[Tensor, float]:
         """[rows, D + 2], and the longest ‖b‖."""
-        rows, lengths = self.reduce(features)
-        return torch.column_stack((rows, lengths.square(), lengths)).float(), float(lengths.max())
+        columns, lengths = self.columns(features)
+        columns[:, -2] = lengths.square()
+        columns[:, -1] = lengths
+        return columns, float(lengths.max())
 
 
 class _Kept:
@@ -205,8 +218,8 @@ class _Block:
     """Some queries, and what is kept for them while the gallery passes by in tiles."""
 
     def __init__(self, query: Tensor, bound: _Bound, k: int, farthest: bool) -> None:
-        rows, self.lengths = bound.reduce(query)
-        self.query, self.columns = query, bound.query_columns(rows, self.lengths)
+        self.query = query
+        self.columns, self.lengths = bound.query_columns(query)  # [rows, D + 2], [rows]
         self.nearest = _Kept(k, 1.0, bound)
         self.farthest = _Kept(1, -1.0, bound) if farthest else None
 
@@ -223,22 +236,29 @@ def _distances(query: Tensor, gallery: Tensor, rows: Tensor, items: Tensor, kept
     return kept.sign * torch.ops.sabmn_ext.pair_distances(query, gallery, rows, items, kept.bound.metric, None)
 
 
-def _refine(block: _Block, kept: _Kept, gallery: Tensor) -> tuple[Tensor, Tensor]:
-    """What is asked for: signed distances [rows, k] and items [rows, k]."""
-    query = block.query
-    assert kept.values is not None
-    assert kept.items is not None
-    items = kept.items.sort(dim=1).values  # [rows, count]
-    of_row = torch.arange(len(query), device=query.device).repeat_interleave(items.shape[1])
-    distances = _distances(query, gallery, of_row, items.flatten(), kept).view_as(items)
-    distances, order = distances.sort(dim=1, stable=True)  # ties: the lower index
-    distances, items = distances[:, : kept.k].contiguous(), items.gather(1, order)[:, : kept.k].contiguous()
-    if kept.values.shape[1] < len(gallery):
-        limits = distances[:, -1] * kept.bound.unit
-        uncertain = (kept.values.amax(dim=1) <= limits).nonzero()[:, 0]
-        for few in uncertain.split(max(1, _OPEN_PAIRS // len(gallery))):
-            open_rows = query[few], gallery, block.columns[few], block.lengths[few], limits[few]
-            distances[few], items[few] = _refine_all(*open_rows, kept)
+def _refine(blocks: list[_Block], kept: list[_Kept], gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """What is asked for of all queries: signed distances [Q, k] and items [Q, k]."""
+    found, open_rows = [], []
+    for block, each in zip(blocks, kept, strict=True):
+        assert each.values is not None
+        assert each.items is not None
+        items = each.items.sort(dim=1).values  # [rows, count]
+        of_row = torch.arange(len(items), device=items.device).repeat_interleave(items.shape[1])
+        distances = _distances(block.query, gallery, of_row, items.flatten(), each).view_as(items)
+        distances, order = distances.sort(dim=1, stable=True)  # ties: the lower index
+        found.append((distances[:, : each.k].contiguous(), items.gather(1, order)[:, : each.k].contiguous()))
+        limits = found[-1][0][:, -1] * each.bound.unit
+        # A shorter list than the gallery is certain if all that is not in it is farther.
+        few = (each.values.amax(dim=1) <= limits).nonzero()[:, 0] if items.shape[1] < len(gallery) else items[:0, 0]
+        open_rows.append((few, block.query[few], block.columns[few], block.lengths[few], limits[few]))
+    distances, items = (torch.cat(parts) for parts in zip(*found, strict=True))
+    firsts = range(0, len(distances), len(found[0][0]))
+    rows = torch.cat([first + few for first, (few, *_) in zip(firsts, open_rows, strict=True)])
+    query, columns, lengths, limits = (torch.cat(parts) for parts in list(zip(*open_rows, strict=True))[1:])
+    step = max(1, _OPEN_PAIRS // len(gallery))
+    for some in (slice(first, first + step) for first in range(0, len(rows), step)):
+        settled = _refine_all(query[some], gallery, columns[some], lengths[some], limits[some], kept[0])
+        distances[rows[some]], items[rows[some]] = settled
     return distances, items
 
 
