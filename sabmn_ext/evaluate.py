@@ -14,11 +14,10 @@ from sabmn_ext.ops.retrieval import METRICS
 from sabmn_ext.report.evaluation import difference_report, interval_report, verification_report
 from sabmn_ext.report.ranked import Side, draw_ranked, pick_queries
 from sabmn_ext.retrieval import conformance
-from sabmn_ext.retrieval.evaluation import evaluate_distances, evaluate_retrieval
+from sabmn_ext.retrieval.evaluation import evaluate_retrieval
 from sabmn_ext.retrieval.files import NEEDED, OPTIONAL, read_features, read_result, write_result
-from sabmn_ext.retrieval.inputs import as_labels, as_matrix, check_features
-from sabmn_ext.retrieval.reranking import rerank
-from sabmn_ext.retrieval.result import RetrievalResult
+from sabmn_ext.retrieval.inputs import as_matrix
+from sabmn_ext.retrieval.reranking import K1, K2, LAMBDA, evaluate_reranked
 from sabmn_ext.retrieval.statistics import QueryScores
 
 
@@ -122,37 +121,6 @@ def extract(args: argparse.Namespace) -> tuple[Side, Side, dict[str, Any]]:
     return side(data.query), side(data.gallery), about
 
 
-def without_junk(gallery: Side) -> Side:
-    """The items whose pid is not −1."""
-    count, paths, camids = len(gallery.features), gallery.paths, gallery.camids
-    pids = as_labels("gallery_pids", gallery.pids, count)
-    kept = np.flatnonzero(pids != -1)
-    return Side(
-        gallery.features[torch.from_numpy(kept)],
-        pids[kept],
-        None if camids is None else as_labels("gallery_camids", camids, count)[kept],
-        None if paths is None else [paths[i] for i in kept.tolist()],
-    )
-
-
-def score(query: Side, gallery: Side, metric: str, args: argparse.Namespace) -> RetrievalResult:
-    labels = query.pids, gallery.pids, query.camids, gallery.camids
-    if args.rerank:
-        for name, side in (("query_features", query), ("gallery_features", gallery)):
-            check_features(name, side.features, metric, side.paths)  # names the image
-        distances = rerank(query.features, gallery.features, metric=metric)
-        return evaluate_distances(distances, *labels, max_rank=args.max_rank)
-    return evaluate_retrieval(
-        query.features,
-        gallery.features,
-        *labels,
-        metric=metric,
-        max_rank=args.max_rank,
-        query_names=query.paths,
-        gallery_names=gallery.paths,
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print the tables, write the JSON and the picture."""
     source: Path = args.checkpoint or args.features
@@ -180,10 +148,18 @@ def run(args: argparse.Namespace) -> None:
         print("no camera numbers: the camera rule is off")
 
     metric = args.metric or METRICS[0]
-    if args.rerank:
-        gallery = without_junk(gallery)
-        print("re-ranked by k-reciprocal neighbours, junk removed first")
-    result = score(query, gallery, metric, args)
+    result = (evaluate_reranked if args.rerank else evaluate_retrieval)(
+        query.features,
+        gallery.features,
+        query.pids,
+        gallery.pids,
+        query.camids,
+        gallery.camids,
+        metric=metric,
+        max_rank=args.max_rank,
+        query_names=query.paths,
+        gallery_names=gallery.paths,
+    )
     print(result.table())
     scores = QueryScores.of(result)
     confidence = args.confidence / 100
@@ -195,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
     report |= {
         "num_junk": result.num_junk,
         "metric": metric,
-        **({"rerank": {"k1": 20, "k2": 6, "lambda": 0.3}} if args.rerank else {}),
+        "rerank": {"k1": K1, "k2": K2, "lambda": LAMBDA} if args.rerank else None,
         "camera_rule": result.camera_rule,
         "invalid_queries": [q if query.paths is None else query.paths[q] for q in result.invalid_queries],
         "cmc": result.cmc.tolist(),
