@@ -146,7 +146,7 @@ def evaluate_reranked(
     query_names: Sequence[str] | None = None,
     gallery_names: Sequence[str] | None = None,
 ) -> RetrievalResult:
-    """As ``evaluate_retrieval``, of distances re-ranked with ``K1``, ``K2``, ``LAMBDA``; junk is left out beforehand."""
+    """As ``evaluate_retrieval``, of distances re-ranked with ``K1``, ``K2``, ``LAMBDA``; junk is left out before."""
     query, gallery = as_matrix("query_features", query_features), as_matrix("gallery_features", gallery_features)
     check_sides(query, gallery, metric)
     check_features("query_features", query, metric, query_names)
