@@ -97,7 +97,7 @@ def test_it_goes_on_from_any_state_that_a_kill_leaves(
     monkeypatch.setattr(extractor, "features_of_normalized", counted)
     checksum = extraction.file_sha256(extractor.checkpoint)
     monkeypatch.setattr(extraction, "file_sha256", lambda file: checksum)
-    for _ in range(12):
+    for _ in range(8):
         for file in out.glob("gallery*"):
             file.unlink()
         # Rows reach the disk before their lines, and either may be cut anywhere.

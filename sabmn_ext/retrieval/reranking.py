@@ -158,8 +158,8 @@ def evaluate_reranked(
     camids = None if gallery_camids is None else as_labels("gallery_camids", gallery_camids, len(gallery))[kept]
     distances = rerank(query, gallery[torch.from_numpy(kept).to(gallery.device)], metric=metric)
     result = evaluate_distances(distances, query_pids, pids[kept], query_camids, camids, max_rank=max_rank)
-    counts = {"num_gallery": len(pids), "num_junk": len(pids) - len(kept)}
-    return replace(result, metric=f"{metric}, re-ranked", **counts)
+    num_junk = len(pids) - len(kept)
+    return replace(result, metric=f"{metric}, re-ranked", num_gallery=len(pids), num_junk=num_junk)
 
 
 def _weights(items: Tensor, metric: str, largest: Tensor, offsets: Tensor, columns: Tensor) -> SparseRows:

@@ -32,6 +32,7 @@ from sabmn_ext.retrieval.inputs import Array, as_matrix, check_features
 
 _QUERY_ROWS, _TILE_ROWS = 2048, 4096
 _BLOCK_ROWS = 256  # in float64 at a time
+_GROUP = 16  # columns, see _extremes
 _SPARE = 16  # candidates beyond those asked for, and an eighth of these
 _OPEN_PAIRS = 1 << 22  # at a time, where the lists are not certain
 
@@ -204,7 +205,7 @@ class _Kept:
         return offset
 
     def add(self, product: Tensor, offset: Tensor, first: int) -> None:
-        values, items = product.topk(min(self.count, product.shape[1]), largest=self.sign < 0, sorted=False)
+        values, items = _extremes(product, min(self.count, product.shape[1]), largest=self.sign < 0)
         values, items = self.sign * values.double() + offset[:, None], items + first
         if self.values is not None and self.items is not None:
             values, items = torch.cat((self.values, values), 1), torch.cat((self.items, items), 1)
@@ -212,6 +213,23 @@ class _Kept:
             values, chosen = values.topk(self.count, largest=False, sorted=False)
             items = items.gather(1, chosen)
         self.values, self.items = values, items
+
+
+def _extremes(rows: Tensor, count: int, *, largest: bool) -> tuple[Tensor, Tensor]:
+    """The ``count`` smallest, or largest, entries of each row, and their columns, in any order.
+
+    Of groups of columns, those with the ``count`` smallest minima hold them; most entries are only read for that.
+    """
+    width, num_groups = rows.shape[1], rows.shape[1] // _GROUP
+    if width % _GROUP or num_groups < 2 * count:
+        return rows.topk(count, largest=largest, sorted=False)
+    groups = rows.view(len(rows), _GROUP, num_groups)  # group g: the columns g, g + num_groups, …
+    best = groups.amax(dim=1) if largest else groups.amin(dim=1)
+    chosen = best.topk(count, largest=largest, sorted=False).indices  # [rows, count]
+    steps = torch.arange(0, width, num_groups, device=rows.device)
+    columns = (chosen[:, :, None] + steps).flatten(1)  # [rows, count · _GROUP]
+    values, where = rows.gather(1, columns).topk(count, largest=largest, sorted=False)
+    return values, columns.gather(1, where)
 
 
 class _Block:
