@@ -23,6 +23,7 @@
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "retrieval/rerank.h"
 #include "retrieval/retrieval.h"
 #include "spectral_norm/spectral_norm.h"
 #include "spectral_norm/spectral_norm_cuda.h"
@@ -324,6 +325,61 @@ int count_nonmatches_in_rows(const MatrixFields& rows, const LabelFields& labels
                                                              usable_threads(threads));
 }
 
+// ---- re-ranking ----
+
+// The members of the structs, in their order.
+using NeighborFields = std::array<std::int64_t, 3>;
+using SparseFields = std::array<std::int64_t, 3>;
+using SparseOutputFields = std::array<std::int64_t, 4>;
+
+Neighbors neighbors_of(const NeighborFields& fields) {
+    return {pointer<std::int64_t>(fields[0]), fields[1], fields[2]};
+}
+
+SparseRows sparse_rows_of(const SparseFields& fields) {
+    return {pointer<std::int64_t>(fields[0]), pointer<std::int64_t>(fields[1]), pointer<double>(fields[2])};
+}
+
+SparseOutput sparse_output_of(const SparseOutputFields& fields) {
+    return {pointer<std::int64_t>(fields[0]), pointer<std::int64_t>(fields[1]), pointer<std::int64_t>(fields[2]),
+            pointer<double>(fields[3])};
+}
+
+int reciprocal_neighbors(const NeighborFields& neighbors, std::int64_t k_width, std::int64_t half_width,
+                         const SparseOutputFields& output, std::uintptr_t workspace, int threads) {
+    return for_isa(SABMN_VARIANTS(reciprocal_neighbors))(neighbors_of(neighbors), k_width, half_width,
+                                                         sparse_output_of(output), pointer<std::int64_t>(workspace),
+                                                         usable_threads(threads));
+}
+
+int mean_of_rows(const SparseFields& rows, const NeighborFields& neighbors, std::int64_t k,
+                 const SparseOutputFields& output, std::uintptr_t workspace, int threads) {
+    return for_isa(SABMN_VARIANTS(mean_of_rows))(sparse_rows_of(rows), neighbors_of(neighbors), k,
+                                                 sparse_output_of(output), pointer<double>(workspace),
+                                                 usable_threads(threads));
+}
+
+std::int64_t reranked_workspace(std::int64_t dim, std::int64_t gallery_rows, std::int64_t chunk, int threads) {
+    return for_isa(SABMN_VARIANTS(reranked_workspace))(dim, gallery_rows, chunk, threads);
+}
+
+int reranked_distances(const MatrixFields& query, const MatrixFields& gallery, int metric, std::uintptr_t largest,
+                       const SparseFields& query_rows, const SparseFields& columns, double lambda, std::int64_t chunk,
+                       std::uintptr_t distances, std::uintptr_t workspace, int dtype, int threads) {
+    return for_isa(SABMN_VARIANTS(reranked_distances))(
+        matrix_of(query, dtype), matrix_of(gallery, dtype), static_cast<Metric>(metric), pointer<double>(largest),
+        sparse_rows_of(query_rows), sparse_rows_of(columns), lambda, chunk, pointer<double>(distances),
+        pointer<double>(workspace), usable_threads(threads));
+}
+
+void define_rerank(py::module_& m) {
+    using released = py::call_guard<py::gil_scoped_release>;
+    m.def("reciprocal_neighbors", reciprocal_neighbors, released());
+    m.def("mean_of_rows", mean_of_rows, released());
+    m.def("reranked_workspace", reranked_workspace);
+    m.def("reranked_distances", reranked_distances, released());
+}
+
 // ---- what was compiled ----
 
 py::dict build_info() {
@@ -471,6 +527,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
     m.def("count_workspace", count_workspace);
     m.def("count_nonmatches", count_nonmatches);
     m.def("count_nonmatches_in_rows", count_nonmatches_in_rows);
+    define_rerank(m);
 
     m.def("isa", [] { return isa_names[static_cast<int>(chosen_isa)]; });
     define_attention(m);

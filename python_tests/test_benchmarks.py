@@ -29,6 +29,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 COMMANDS = {
     "attention_bench.py": ["--shapes", "2x16x5x3:4", "--rounds", "1", "--seconds", "0"],
     "spectral_norm_bench.py": ["--rounds", "1"],
+    "rerank_bench.py": ["--scale", "0.02", "--dim", "64", "--rounds", "1"],
     "retrieval_bench.py": ["--queries", "40", "--gallery", "500", "--dim", "64", "--rounds", "1"],
 }
 SMALL = cases.Shape("2x16x5x3:4", 2, 16, 5, 3, 4)

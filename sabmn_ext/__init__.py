@@ -10,12 +10,14 @@ from sabmn_ext import functional, ops
 from sabmn_ext.nn.attention import SelfAttention2d
 from sabmn_ext.nn.sabmn import SABMN
 from sabmn_ext.nn.spectral_norm import remove_spectral_norm, spectral_norm, spectral_norm_model
-from sabmn_ext.retrieval import RetrievalResult, evaluate_distances, evaluate_retrieval
+from sabmn_ext.retrieval import RetrievalResult, evaluate_distances, evaluate_retrieval, rerank, topk
+from sabmn_ext.retrieval.extractor import Extractor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SABMN",
+    "Extractor",
     "RetrievalResult",
     "SelfAttention2d",
     "evaluate_distances",
@@ -23,6 +25,8 @@ __all__ = [
     "functional",
     "ops",
     "remove_spectral_norm",
+    "rerank",
     "spectral_norm",
     "spectral_norm_model",
+    "topk",
 ]

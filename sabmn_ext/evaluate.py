@@ -20,6 +20,7 @@ from sabmn_ext.retrieval.counterfactuals import TRAINED, Counterfactuals
 from sabmn_ext.retrieval.evaluation import evaluate_retrieval
 from sabmn_ext.retrieval.files import NEEDED, OPTIONAL, read_features, read_result, write_result
 from sabmn_ext.retrieval.inputs import as_matrix
+from sabmn_ext.retrieval.reranking import K1, K2, LAMBDA, evaluate_reranked
 from sabmn_ext.retrieval.result import RetrievalResult
 from sabmn_ext.retrieval.statistics import QueryScores
 
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", choices=METRICS, help="distance (default: the checkpoint's, else euclidean)")
     parser.add_argument("--flip", action="store_true", help="average the features of each image and its mirror image")
     parser.add_argument("--no-camera-rule", action="store_true", help="keep gallery images of the query's own camera")
+    parser.add_argument("--rerank", action="store_true", help="by k-reciprocal neighbours (k1 20, k2 6, lambda 0.3)")
     parser.add_argument("--max-rank", type=int, default=50, metavar="K", help="length of the CMC curve (default: 50)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: the checkpoint's)")
@@ -152,6 +154,9 @@ def run(args: argparse.Namespace) -> None:
         check_folder(args.report)
     if not 0 < args.confidence < 100:
         raise ValueError(f"--confidence {args.confidence:g}: expected percent between 0 and 100, such as 95")
+    for option, drawn in (("--ranked", args.ranked), ("--report", args.report)):
+        if args.rerank and drawn:
+            raise ValueError(f"{option} draws the plain ranking, not the re-ranked: give one of --rerank and {option}")
     other = read_result(args.against) if args.against else None
     if args.features:
         given = [name for name in ("data", "format", "batch_size", "flip", "no_counterfactuals") if getattr(args, name)]
@@ -171,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
     metric = args.metric or METRICS[0]
 
     def evaluate(query_features: Tensor, gallery_features: Tensor) -> RetrievalResult:
-        return evaluate_retrieval(
+        return (evaluate_reranked if args.rerank else evaluate_retrieval)(
             query_features,
             gallery_features,
             query.pids,
@@ -200,6 +205,7 @@ def run(args: argparse.Namespace) -> None:
     report |= {
         "num_junk": result.num_junk,
         "metric": metric,
+        "rerank": {"k1": K1, "k2": K2, "lambda": LAMBDA} if args.rerank else None,
         "camera_rule": result.camera_rule,
         "invalid_queries": [q if query.paths is None else query.paths[q] for q in result.invalid_queries],
         "cmc": result.cmc.tolist(),

@@ -93,7 +93,7 @@ def test_samples_gradients_and_figures_are_those_of_one_process(few, tmp_path, s
     result = json.loads((out / "result.json").read_text())
     model, config = load_model(out / "last.pt")
     data = load_data(config["data"]["path"])
-    figures = final_figures(model, data, config_from_dict(config), torch.device("cpu"))
+    figures, _ = final_figures(model, data, config_from_dict(config), torch.device("cpu"))
     assert {name: result[name] for name in figures} == figures
     assert [each.printed.count("retrieval after training") for each in outcomes] == [1] + [0] * (size - 1)
     assert load_checkpoint(out / "last.pt")["processes"] == size

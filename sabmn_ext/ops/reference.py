@@ -380,3 +380,74 @@ def count_nonmatches(
                 row = row[gallery_camids[items] != query_camids[q]]
             histogram += torch.bincount(bin_of(row, *bins), minlength=bins[2])
     return counts, histogram
+
+
+# ---- re-ranking by k-reciprocal neighbours, on sparse rows (offsets, columns, values): see retrieval/reranking.py ----
+
+
+def _row(rows: tuple[Tensor, ...], index: int) -> tuple[Tensor, ...]:
+    begin, end = rows[0][index : index + 2].tolist()
+    return tuple(part[begin:end] for part in rows[1:])
+
+
+def _sparse_rows(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    offsets = torch.tensor([0, *(len(part[0]) for part in parts)]).cumsum(0)
+    return (offsets, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def reciprocal_neighbors(neighbors: Tensor, k_width: int, half_width: int) -> tuple[Tensor, Tensor]:
+    """R*(i), ascending, for every item: R(i, k1), and every R(j, k1/2) with j in R(i, k1) that has more than two thirds
+    of its items in common with it. R(i, k): those of i's k neighbours that have i among their own k."""
+    lists = neighbors.tolist()
+
+    def reciprocal(item: int, width: int) -> set[int]:
+        return {other for other in lists[item][:width] if item in lists[other][:width]}
+
+    parts = []
+    for item in range(len(lists)):
+        first = reciprocal(item, k_width)
+        expanded = set(first)
+        for other in first:
+            second = reciprocal(other, half_width)
+            if 3 * len(second & first) > 2 * len(second):
+                expanded |= second
+        parts.append((torch.tensor(sorted(expanded), dtype=torch.int64),))
+    offsets, columns = _sparse_rows(parts)
+    return offsets, columns
+
+
+def mean_of_rows(rows: tuple[Tensor, Tensor, Tensor], neighbors: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of ``rows`` [N, N] over the first ``k`` of each item's neighbours."""
+    parts = []
+    for items in neighbors[:, :k].tolist():
+        total = torch.zeros(len(neighbors), dtype=torch.float64)
+        for item in items:
+            columns, values = _row(rows, item)
+            total[columns] += values
+        columns = total.nonzero()[:, 0]
+        parts.append((columns, total[columns] / k))
+    offsets, columns, values = _sparse_rows(parts)
+    return offsets, columns, values
+
+
+def reranked_distances(
+    query: Tensor,
+    gallery: Tensor,
+    metric: str,
+    largest: Tensor,
+    query_rows: tuple[Tensor, Tensor, Tensor],
+    columns: tuple[Tensor, Tensor, Tensor],
+    lam: float,
+) -> Tensor:
+    """(1 − λ) (1 − m / (2 − m)) + λ d / largest, where m[q, g] = Σ_c min(query_rows[q, c], columns[c, g])."""
+    items = torch.arange(len(gallery))
+    result = torch.empty(len(query), len(gallery), dtype=torch.float64)
+    for q in range(len(query)):
+        shared = torch.zeros(len(gallery), dtype=torch.float64)
+        for column, value in zip(*_row(query_rows, q), strict=True):
+            others, values = _row(columns, int(column))
+            shared[others] += values.minimum(value)
+        distances = pair_distances(query, gallery, torch.full_like(items, q), items, metric)
+        scale = lam / float(largest[q]) if largest[q] > 0 else 0.0
+        result[q] = (1.0 - lam) * (1.0 - shared / (2.0 - shared)) + scale * distances
+    return result

@@ -1,0 +1,299 @@
+"""The nearest gallery items of every query, exactly, with neither a sort of the gallery nor a distance matrix.
+
+Filter and refine, as csrc/retrieval/count_cpu.cpp does. With a = 2^scale (q − c), b = 2^scale (g − c) for a fixed c
+(unit vectors q, g for the cosine) the distance is, up to a power of two, ‖a‖² + ‖b‖² − 2 a·b. A float32 product of
+tiles gives a lower bound of it: two more columns subtract the product's own error, so each entry of
+
+    [−2a, 1 − κ, −β‖a‖] · [b, ‖b‖², ‖b‖]  =  ‖b‖² − 2 a·b − β‖a‖‖b‖ − κ‖b‖²
+
+is, as computed, at most ‖b‖² − 2 a·b. For each query the items with the smallest bounds are kept, a few more than asked
+for. Their float64 distances are then computed in the fixed order of ``reference.pair_distances``. If the k-th of these
+is below every other item's bound, the list is certain; else all items whose bound leaves it open are computed. So the
+result does not depend on tiles, threads, device or the product's precision.
+
+The bound. u = 2⁻²⁴, n = D + 2 terms, v: the relative rounding of a product's inputs, where a setting of torch allows
+TF32 or bfloat16. Rounding a, b, ‖b‖² to float32 costs (2u + u²) 2‖a‖‖b‖ + u‖b‖². The product, in any order, with fused
+multiply-adds or without, is off by at most ρ = γ + 2v + v² of the sum of its terms' magnitudes,
+2‖a‖‖b‖ + ‖b‖² + β‖a‖‖b‖, where γ = n u / (1 − n u). Hence β = (4u + 2ρ)(1 + 2⁻⁵) and κ = (2u + ρ)(1 + 2⁻⁵) suffice as
+long as ρ ≤ 2⁻⁶. float64 sums, the exact distance's own among them, are each off by at most (D + 64) 2⁻⁵² of
+2(‖a‖² + ‖b‖²), or for the cosine by that of 32 · 2^(2 scale); underflow by 2⁻¹²⁶ a rounding.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sabmn_ext.ops.reference import _sqrt
+from sabmn_ext.ops.retrieval import METRICS, distance_exponent
+from sabmn_ext.retrieval.inputs import Array, as_matrix, check_features
+
+_QUERY_ROWS, _TILE_ROWS = 2048, 4096
+_BLOCK_ROWS = 256  # in float64 at a time
+_GROUP = 16  # columns, see _extremes
+_SPARE = 16  # candidates beyond those asked for, and an eighth of these
+_OPEN_PAIRS = 1 << 22  # at a time, where the lists are not certain
+
+
+def topk(query: Array, gallery: Array, k: int, *, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
+    """The ``k`` nearest gallery items of every query, nearest first; ties go to the lower index.
+
+    Args:
+        query: [Q, D] torch (any device, any strides) or numpy, float16, bfloat16, float32 or float64.
+        gallery: [G, D] in the same dtype on the same device; read in tiles, so it may be memory-mapped.
+        k: from 1 to G.
+        metric: ``"euclidean"`` or ``"cosine"`` (1 − cos), on the features as they are.
+
+    Returns:
+        distances [Q, k] float64 and indices [Q, k] int64, on the features' device. Both are exact: those of a stable
+        sort of the float64 distances, whatever the tiles, the threads or the processor.
+
+    Memory: a float32 copy of the queries, some 30 bytes for each of their k nearest items, and 100 MB.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or dimensions that do not fit; k out of range; NaN or infinite features
+            (names the row), zero features with the cosine metric.
+
+    >>> gallery = torch.tensor([[0.0, 3.0], [0.0, 1.0], [0.0, -1.0]])
+    >>> sabmn_ext.topk(torch.zeros(1, 2), gallery, 2)
+    (tensor([[1., 1.]], dtype=torch.float64), tensor([[1, 2]]))
+    """
+    distances, indices, _ = neighbors(query, gallery, k, metric)
+    return (_sqrt(distances) if metric == "euclidean" else distances), indices
+
+
+def neighbors(
+    query: Array, gallery: Array, k: int, metric: str, *, farthest: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``topk``, with distances as they are ranked (Euclidean: squared); and [Q] the largest ones, if asked for."""
+    query, gallery = as_matrix("query", query), as_matrix("gallery", gallery)
+    check_sides(query, gallery, metric)
+    k = _check_k(k, len(gallery))
+    largest = max(check_features("query", query, metric, None), check_features("gallery", gallery, metric, None))
+    bound = _Bound.of(query, metric, largest)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        blocks = [_Block(rows, bound, k, farthest) for rows in query.split(_QUERY_ROWS)]
+        for first in range(0, len(gallery), _TILE_ROWS):
+            tile, longest = bound.gallery_columns(gallery[first : first + _TILE_ROWS])
+            for block in blocks:
+                block.add(tile, longest, first)
+        distances, indices = _refine(blocks, [block.nearest for block in blocks], gallery)
+        last = [block.farthest for block in blocks if block.farthest]
+        return distances, indices, -_refine(blocks, last, gallery)[0][:, 0] if last else None
+
+
+def check_sides(query: Tensor, gallery: Tensor, metric: str) -> None:
+    """A TypeError or ValueError unless [Q, D] and [G, D] can be compared."""
+    if metric not in METRICS:
+        raise ValueError(f"metric '{metric}' is unknown; expected one of {', '.join(METRICS)}")
+    if query.dtype != gallery.dtype or query.device != gallery.device:
+        both = " and ".join(f"{x.dtype} on {x.device}" for x in (query, gallery))
+        raise TypeError(f"query and gallery must have one dtype and device, but are {both}")
+    if query.shape[1] != gallery.shape[1] or query.shape[1] == 0:
+        both = " and ".join(str(list(x.shape)) for x in (query, gallery))
+        raise ValueError(f"query and gallery must be [Q, D] and [G, D] with one D ≥ 1, but are {both}")
+    if len(query) == 0 or len(gallery) == 0:
+        raise ValueError(f"there are no {'gallery items' if len(query) else 'queries'}")
+
+
+def _check_k(k: Any, num_gallery: int) -> int:
+    try:
+        number = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k is {k!r}; expected an integer") from None
+    if not 1 <= number <= num_gallery:
+        raise ValueError(f"k is {number}; expected 1 to {num_gallery}, the number of gallery items")
+    return number
+
+
+# ---- filter ----
+
+
+def _input_rounding(device: torch.device) -> float:
+    """The relative rounding of what enters a float32 product, by torch's settings; 0 for products in float32."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = backend.matmul.fp32_precision
+    return {"none": 0.0, "ieee": 0.0, "tf32": 2.0**-10}.get(precision, 2.0**-8)
+
+
+def _directions(features: Tensor, metric: str) -> Tensor:
+    """float64; unit vectors for the cosine, by the norms that the exact distance has."""
+    rows = features.double()
+    return rows / torch.ops.sabmn_ext.squared_norms(features, None).sqrt()[:, None] if metric == "cosine" else rows
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The constants of this file's first comment."""
+
+    metric: str
+    center: Tensor  # [D] float64
+    scale: int
+    unit: float  # ‖a − b‖² = unit · distance
+    dot: float  # β
+    square: float  # κ
+    own: float  # the float64 sums' part of ‖a‖² + ‖b‖²
+    absolute: float
+
+    @staticmethod
+    def of(query: Tensor, metric: str, largest_squared_norm: float) -> "_Bound":
+        dim, u, v = query.shape[1], 2.0**-24, _input_rounding(query.device)
+        rho = (dim + 2) * u / (1 - (dim + 2) * u) + 2 * v + v * v
+        if not 0 <= rho <= 2.0**-6:
+            raise ValueError(f"the features have {dim} dimensions: too many to search with float32 products")
+        blocks = [_directions(rows, metric).sum(dim=0) for rows in query.split(_QUERY_ROWS)]
+        scale = (3 - distance_exponent(largest_squared_norm, metric) - (metric == "cosine")) // 2
+        sums, shift, spare = (dim + 64) * 2.0**-52, 4.0**scale, 1 + 2.0**-5
+        return _Bound(
+            metric,
+            torch.stack(blocks).sum(dim=0) / len(query),
+            scale,
+            shift * (2 if metric == "cosine" else 1),
+            spare * (4 * u + 2 * rho),
+            spare * (2 * u + rho),
+            spare * 8 * sums,
+            spare * (16 * (dim + 2) * 2.0**-126 + dim * 2.0**-1074 * shift + 32 * sums * shift * (metric == "cosine")),
+        )
+
+    def columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, D + 2] float32, the first D of them a; and ‖a‖ [rows] float64."""
+        dim, shift = features.shape[1], 2.0**self.scale
+        columns = torch.empty(len(features), dim + 2, device=features.device)
+        lengths = torch.empty(len(features), dtype=torch.float64, device=features.device)
+        for first in range(0, len(features), _BLOCK_ROWS):
+            some = slice(first, first + _BLOCK_ROWS)
+            rows = torch.add(-shift * self.center, _directions(features[some], self.metric), alpha=shift)
+            columns[some, :dim] = rows
+            lengths[some] = torch.linalg.vector_norm(rows, dim=1)
+        return columns, lengths
+
+    def query_columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, D + 2], and ‖a‖ [rows] float64."""
+        columns, lengths = self.columns(features)
+        columns[:, :-2] *= -2
+        columns[:, -2] = 1 - self.square - self.own
+        columns[:, -1] = -self.dot * lengths
+        return columns, lengths
+
+    def gallery_columns(self, features: Tensor) -> tuple[Tensor, float]:
+        """[rows, D + 2], and the longest ‖b‖."""
+        columns, lengths = self.columns(features)
+        columns[:, -2] = lengths.square()
+        columns[:, -1] = lengths
+        return columns, float(lengths.max())
+
+
+class _Kept:
+    """The items whose bounds are smallest, so far: of the distance, or (sign −1) of the negative distance.
+
+    An entry of the product is at most ‖b‖² − 2 a·b, and at least that less twice what was subtracted.
+    """
+
+    def __init__(self, k: int, sign: float, bound: _Bound) -> None:
+        self.k, self.sign, self.bound, self.count = k, sign, bound, k + _SPARE + k // 8
+        self.values: Tensor | None = None  # [rows, count] float64
+        self.items: Tensor | None = None  # [rows, count] int64
+
+    def offset(self, lengths: Tensor, longest: float) -> Tensor:
+        """[rows] float64: sign · ‖a − b‖² is at least sign · entry plus this."""
+        bound = self.bound
+        offset = self.sign * lengths.square() - bound.own * lengths.square() - bound.absolute
+        if self.sign < 0:
+            offset = offset - 2 * (bound.dot * lengths * longest + (bound.square + bound.own) * longest**2)
+        return offset
+
+    def add(self, product: Tensor, offset: Tensor, first: int) -> None:
+        values, items = _extremes(product, min(self.count, product.shape[1]), largest=self.sign < 0)
+        values, items = self.sign * values.double() + offset[:, None], items + first
+        if self.values is not None and self.items is not None:
+            values, items = torch.cat((self.values, values), 1), torch.cat((self.items, items), 1)
+        if values.shape[1] > self.count:
+            values, chosen = values.topk(self.count, largest=False, sorted=False)
+            items = items.gather(1, chosen)
+        self.values, self.items = values, items
+
+
+def _extremes(rows: Tensor, count: int, *, largest: bool) -> tuple[Tensor, Tensor]:
+    """The ``count`` smallest, or largest, entries of each row, and their columns, in any order.
+
+    Of groups of columns, those with the ``count`` smallest minima hold them; most entries are only read for that.
+    """
+    width, num_groups = rows.shape[1], rows.shape[1] // _GROUP
+    if width % _GROUP or num_groups < 2 * count:
+        return rows.topk(count, largest=largest, sorted=False)
+    groups = rows.view(len(rows), _GROUP, num_groups)  # group g: the columns g, g + num_groups, …
+    best = groups.amax(dim=1) if largest else groups.amin(dim=1)
+    chosen = best.topk(count, largest=largest, sorted=False).indices  # [rows, count]
+    steps = torch.arange(0, width, num_groups, device=rows.device)
+    columns = (chosen[:, :, None] + steps).flatten(1)  # [rows, count · _GROUP]
+    values, where = rows.gather(1, columns).topk(count, largest=largest, sorted=False)
+    return values, columns.gather(1, where)
+
+
+class _Block:
+    """Some queries, and what is kept for them while the gallery passes by in tiles."""
+
+    def __init__(self, query: Tensor, bound: _Bound, k: int, farthest: bool) -> None:
+        self.query = query
+        self.columns, self.lengths = bound.query_columns(query)  # [rows, D + 2], [rows]
+        self.nearest = _Kept(k, 1.0, bound)
+        self.farthest = _Kept(1, -1.0, bound) if farthest else None
+
+    def add(self, tile: Tensor, longest: float, first: int) -> None:
+        product = self.columns @ tile.T  # [rows, tile]
+        for kept in filter(None, (self.nearest, self.farthest)):
+            kept.add(product, kept.offset(self.lengths, longest), first)
+
+
+# ---- refine ----
+
+
+def _distances(query: Tensor, gallery: Tensor, rows: Tensor, items: Tensor, kept: _Kept) -> Tensor:
+    return kept.sign * torch.ops.sabmn_ext.pair_distances(query, gallery, rows, items, kept.bound.metric, None)
+
+
+def _refine(blocks: list[_Block], kept: list[_Kept], gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """What is asked for of all queries: signed distances [Q, k] and items [Q, k]."""
+    found, open_rows = [], []
+    for block, each in zip(blocks, kept, strict=True):
+        assert each.values is not None
+        assert each.items is not None
+        items = each.items.sort(dim=1).values  # [rows, count]
+        of_row = torch.arange(len(items), device=items.device).repeat_interleave(items.shape[1])
+        distances = _distances(block.query, gallery, of_row, items.flatten(), each).view_as(items)
+        distances, order = distances.sort(dim=1, stable=True)  # ties: the lower index
+        found.append((distances[:, : each.k].contiguous(), items.gather(1, order)[:, : each.k].contiguous()))
+        limits = found[-1][0][:, -1] * each.bound.unit
+        # A shorter list than the gallery is certain if all that is not in it is farther.
+        few = (each.values.amax(dim=1) <= limits).nonzero()[:, 0] if items.shape[1] < len(gallery) else items[:0, 0]
+        open_rows.append((few, block.query[few], block.columns[few], block.lengths[few], limits[few]))
+    distances, items = (torch.cat(parts) for parts in zip(*found, strict=True))
+    firsts = range(0, len(distances), len(found[0][0]))
+    rows = torch.cat([first + few for first, (few, *_) in zip(firsts, open_rows, strict=True)])
+    query, columns, lengths, limits = (torch.cat(parts) for parts in list(zip(*open_rows, strict=True))[1:])
+    step = max(1, _OPEN_PAIRS // len(gallery))
+    for some in (slice(first, first + step) for first in range(0, len(rows), step)):
+        settled = _refine_all(query[some], gallery, columns[some], lengths[some], limits[some], kept[0])
+        distances[rows[some]], items[rows[some]] = settled
+    return distances, items
+
+
+def _refine_all(
+    query: Tensor, gallery: Tensor, columns: Tensor, lengths: Tensor, limits: Tensor, kept: _Kept
+) -> tuple[Tensor, Tensor]:
+    """The lists of some queries from every item whose bound does not exceed ``limits``; a limit is above k items."""
+    parts = []
+    for first in range(0, len(gallery), _TILE_ROWS):
+        tile, longest = kept.bound.gallery_columns(gallery[first : first + _TILE_ROWS])
+        below = kept.sign * (columns @ tile.T).double() + kept.offset(lengths, longest)[:, None] <= limits[:, None]
+        rows, items = below.nonzero().T
+        parts.append((rows, items + first, _distances(query, gallery, rows, items + first, kept)))
+    rows, items, distances = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = items.argsort()
+    for key in (distances, rows):
+        order = order[key[order].argsort(stable=True)]
+    begin = torch.searchsorted(rows[order], torch.arange(len(query), device=rows.device))
+    chosen = order[begin[:, None] + torch.arange(kept.k, device=rows.device)]  # [queries, k]
+    return distances[chosen], items[chosen]
