@@ -29,6 +29,7 @@ struct AttentionMap {
 // y = gamma (w_out out + b_out) + x. Weights and biases are dense; without w_out (null) the value width is C.
 struct AttentionCuda {
     DType dtype;  // of everything but gamma and lse
+    bool tf32;    // float32 may be multiplied as TF32
     std::int64_t batch, channels, positions, key_width, value_width;
     AttentionMap x;
     const void *w_query, *w_key;                    // [key width, C]
