@@ -4,9 +4,13 @@
 
 `distinct` counts every byte once that a launch reads or writes. `floor` leaves out what only its cutting into blocks
 costs: of the weights' gradients one partial sum is written. `read again` comes on top of distinct, from L2. `mma` are
-the m16n8k16 instructions issued, `least` those that the products' sizes need; in the attention's gradients the logits
-and their slopes are found twice, once by the owners of queries and once by those of keys, for no sum is atomic. The
-one-pass floor is that of the whole operation: x in and y out; x, grad_y in and grad_x out.
+the m16n8k16 instructions issued, `least` those that the products' sizes need. Beyond 128 positions the logits and
+their slopes are found twice for the attention's gradients, once by the owners of queries and once by those of keys, for
+no sum is atomic: 7 products where 5 are the least. The one-pass floor is that of the whole operation: x in and y out; x,
+grad_y in and grad_x out.
+
+Under each table stands what 5 products would save there and what they would cost: with several blocks an image, a block
+that owns keys has only a part of every query's gradient, in float32, to be written and added up by another launch.
 """
 
 import argparse
@@ -20,6 +24,7 @@ MMA = 16 * 8 * 16  # multiplications of one instruction
 SIDE, DEPTH = 128, 32  # of the products' blocks and slices
 KEYS, OUT_CHANNELS = 128, 64  # of the forward panels
 BACKWARD_SIDE = BACKWARD_PANEL = 64
+BLOCK_POSITIONS = 128  # up to which one block makes all gradients of an image
 ROW_POSITIONS = 32
 WEIGHT_BLOCKS = 128
 
@@ -87,6 +92,12 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
                + [(value_width, 64 * i) for i in range(slices_b)])  # fmt: skip
     pairs = batch * ceil_to(n, 16) * ceil_to(n, 16)  # a warp without positions of its own is idle
     all_pairs = batch * ceil_to(n, 16) * own_tiles * BACKWARD_SIDE
+    if n <= BLOCK_POSITIONS:
+        attention_again = 2 * query + value  # all but the values serve two products
+        attention_mma = pairs * (3 * width16 + 2 * value16) // MMA
+    else:
+        attention_again = (own_tiles * (slices_a + max(slices_a, slices_b)) - 1) * (query + value)
+        attention_mma = (all_pairs * logits + pairs * sums) // MMA
     launch = Launch
     return {
         "forward projections": launch(
@@ -111,8 +122,7 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
         ),
         "backward attention": launch(
             2 * inner + value + 3 * row_floats, 2 * inner + value + 3 * row_floats,
-            ((own_tiles * slices_a + own_tiles * max(slices_a, slices_b)) - 1) * (2 * query + 2 * value) // 2,
-            (all_pairs * logits + pairs * sums) // MMA,
+            attention_again, attention_mma,
             batch * n * n * (3 * width + 2 * value_width) // MMA,
         ),
         "backward x": launch(
@@ -130,6 +140,12 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
             groups * partial + weights + w_out, groups * partial + weights + w_out, 0, 0, 0
         ),
     }  # fmt: skip
+
+
+def five_products(batch: int, positions: int, width: int, parts: int) -> tuple[int, int]:
+    """The mma saved, and the bytes added, by owners of keys that leave `parts` partial gradients of each query."""
+    saved = 2 * batch * positions * positions * width // MMA
+    return saved, 2 * parts * FLOAT * batch * width * positions
 
 
 def main() -> None:
@@ -150,14 +166,19 @@ def main() -> None:
                 f"{name:<20} {one.distinct / 1e6:9.1f} {one.floor / 1e6:8.1f} {one.distinct / one.floor:6.2f} "
                 f"{one.read_again / 1e6:11.1f} {one.mma / 1e6:8.2f} {one.least / 1e6:8.2f} {mma}"
             )
+        if positions > BLOCK_POSITIONS:
+            saved, added = five_products(options.batch, positions, width, parts=2)
+            print(f"5 products: {saved / 1e6:.2f} million mma less; with 2 blocks an image {added / 1e6:.1f} MB more")
         image = options.batch * channels * positions * ELEMENT
         for way, images in (("forward", 2), ("backward", 3)):
             some = [one for name, one in launches.items() if name.startswith(way)]
             total, mma, least = (sum(getattr(one, what) for one in some) for what in ("distinct", "mma", "least"))
             print(
                 f"{way}: {len(some)} launches, {total / 1e6:.0f} MB, one-pass floor {images * image / 1e6:.0f} MB, "
-                f"ratio {total / (images * image):.2f}; mma {mma / least:.2f} × the least"
+                f"ratio {total / (images * image):.2f}; mma {mma / least:.3f} × the least"
             )
+        mma, least = (sum(getattr(one, what) for one in launches.values()) for what in ("mma", "least"))
+        print(f"both: mma {mma / least:.3f} × the least\n")
 
 
 if __name__ == "__main__":
