@@ -5,12 +5,13 @@
 `distinct` counts every byte once that a launch reads or writes. `floor` leaves out what only its cutting into blocks
 costs: of the weights' gradients one partial sum is written. `read again` comes on top of distinct, from L2. `mma` are
 the m16n8k16 instructions issued, `least` those that the products' sizes need. Beyond 128 positions the logits and
-their slopes are found twice for the attention's gradients, once by the owners of queries and once by those of keys, for
-no sum is atomic: 7 products where 5 are the least. The one-pass floor is that of the whole operation: x in and y out; x,
-grad_y in and grad_x out.
+their slopes are found twice for the attention's gradients, once by the owners of queries and once by those of keys,
+for no sum is atomic: 7 products where 5 are the least. The one-pass floor is that of the whole operation: x in and y
+out; x, grad_y in and grad_x out.
 
-Under each table stands what 5 products would save there and what they would cost: with several blocks an image, a block
-that owns keys has only a part of every query's gradient, in float32, to be written and added up by another launch.
+Under such a table stands what 5 products would save, and what they would cost: blocks that own keys, as many an image
+as it takes to hold the sums of theirs in shared memory, have a part each of every query's gradient, in float32, to be
+written and added up by another launch. Times are those of an H100 at its highest rates (989 TFLOP/s, 3.35 TB/s).
 """
 
 import argparse
@@ -24,6 +25,7 @@ MMA = 16 * 8 * 16  # multiplications of one instruction
 SIDE, DEPTH = 128, 32  # of the products' blocks and slices
 KEYS, OUT_CHANNELS = 128, 64  # of the forward panels
 BACKWARD_SIDE = BACKWARD_PANEL = 64
+SHARED = 227 << 10  # of a block on sm_90
 BLOCK_POSITIONS = 128  # up to which one block makes all gradients of an image
 ROW_POSITIONS = 32
 WEIGHT_BLOCKS = 128
@@ -142,10 +144,11 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
     }  # fmt: skip
 
 
-def five_products(batch: int, positions: int, width: int, parts: int) -> tuple[int, int]:
-    """The mma saved, and the bytes added, by owners of keys that leave `parts` partial gradients of each query."""
-    saved = 2 * batch * positions * positions * width // MMA
-    return saved, 2 * parts * FLOAT * batch * width * positions
+def five_products(batch: int, positions: int, width: int, value_width: int) -> tuple[int, int, int]:
+    """Blocks an image, mma saved and bytes added, where owners of keys leave partial gradients of the queries."""
+    blocks_an_image = blocks(FLOAT * positions * (width + value_width), SHARED)
+    saved = batch * positions * positions * (width + value_width) // MMA
+    return blocks_an_image, saved, 2 * blocks_an_image * FLOAT * batch * width * positions
 
 
 def main() -> None:
@@ -167,8 +170,11 @@ def main() -> None:
                 f"{one.read_again / 1e6:11.1f} {one.mma / 1e6:8.2f} {one.least / 1e6:8.2f} {mma}"
             )
         if positions > BLOCK_POSITIONS:
-            saved, added = five_products(options.batch, positions, width, parts=2)
-            print(f"5 products: {saved / 1e6:.2f} million mma less; with 2 blocks an image {added / 1e6:.1f} MB more")
+            parts, saved, added = five_products(options.batch, positions, width, width)
+            print(
+                f"5 products: {saved / 1e6:.2f} million mma less ({saved * 2 * MMA / 989e6:.0f} µs); "
+                f"{parts} blocks an image, {added / 1e6:.0f} MB more ({added / 3.35e6:.0f} µs)"
+            )
         image = options.batch * channels * positions * ELEMENT
         for way, images in (("forward", 2), ("backward", 3)):
             some = [one for name, one in launches.items() if name.startswith(way)]

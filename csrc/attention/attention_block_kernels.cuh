@@ -28,8 +28,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     const int positions = arguments.positions;
     const std::int64_t image = blockIdx.x;
     const int a_panels = ceil_div(arguments.key_width, panel), b_panels = ceil_div(arguments.value_width, panel);
-    const int phases[] = {a_panels, b_panels, a_panels, b_panels};
-    const int steps = 2 * (a_panels + b_panels);
+    const int phase_steps = a_panels + b_panels, steps = 2 * phase_steps;
 
     const auto fetch_panel = [&](T* to, const void* from, int width, int p) {
         const int left = width - p * panel;
@@ -44,13 +43,13 @@ __global__ void __launch_bounds__(block_threads, 1)
     };
     const auto fetch = [&](int step) {
         if (step < steps) {
-            int phase = 0, p = step;
-            while (p >= phases[phase]) p -= phases[phase++];
-            const bool is_b = phase % 2;
-            const int width = is_b ? arguments.value_width : arguments.key_width;
+            const bool second = step >= phase_steps;
+            const int in_phase = step - (second ? phase_steps : 0);
+            const bool is_b = in_phase >= a_panels;
+            const int p = in_phase - (is_b ? a_panels : 0), width = is_b ? arguments.value_width : arguments.key_width;
             T* const to = ring + step % 2 * 2 * size;
             fetch_panel(to, is_b ? arguments.context : arguments.query, width, p);
-            if (phase < 3) fetch_panel(to + size, is_b ? arguments.value : arguments.key, width, p);
+            if (!second || !is_b) fetch_panel(to + size, is_b ? arguments.value : arguments.key, width, p);
         }
         cp_async_commit();
     };
