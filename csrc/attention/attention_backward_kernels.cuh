@@ -103,10 +103,10 @@ struct BackwardPlan {
 };
 
 // A block owns 64 positions, a warp 16 of them, and walks over all others, 64 at a time. Blocks of queries make
-// grad_query, blocks of keys grad_key and grad_value, each 64 channels of them, or 32 of 32 bits (the slice blockIdx.y),
-// and p and e anew.
+// grad_query, blocks of keys grad_key and grad_value, each 64 channels of them, or 32 of 32 bits (the slice
+// blockIdx.y), and p and e anew.
 // With own = query and other = key, or the reverse, and likewise for context and value, both do the same:
-//   logits = own_a · other_a     e = p (own_b · other_b - r)     grad_a += e other_a     and of keys grad_b += p other_b
+//   logits = own_a · other_a    e = p (own_b · other_b - r)    grad_a += e other_a    and of keys grad_b += p other_b
 // The other side passes through shared memory in panels of a slice's channels × 64 positions. The two that the slice
 // needs again for the gradients are kept until the tile is done.
 template <typename T>

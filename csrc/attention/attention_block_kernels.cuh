@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(block_threads, 1)
 
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
     const int first_query = warp / 2 * 32, first_key = warp % 2 * 64;
-    const int row_blocks = min(ceil_div(positions - first_query, 16), 2), key_blocks = ceil_div(positions - first_key, 16);
+    const int row_blocks = min(ceil_div(positions - first_query, 16), 2);
+    const int key_blocks = ceil_div(positions - first_key, 16);
     // d[query, key] += Σ over the channels
     const auto product = [&](Block(&d)[2][4], int panels, int width) {
         for (int p = 0; p < panels; ++p) {
@@ -118,7 +119,8 @@ __global__ void __launch_bounds__(block_threads, 1)
         for_blocks([&](int i, int j) {
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const int half = n / 4, lower = n / 2 % 2, column = first_key + 16 * j + 8 * half + lane % 4 * 2 + n % 2;
+                const int half = n / 4, lower = n / 2 % 2;
+                const int column = first_key + 16 * j + 8 * half + lane % 4 * 2 + n % 2;
                 float& power = p[i][j][half][n % 4];
                 float& slope = e[i][j][half][n % 4];
                 power = column < positions ? exp2_approx(fmaf(power, log2_e, -of_row[i][lower])) : 0.0f;

@@ -1,8 +1,8 @@
 // Self-attention over a feature map on the GPU, in bfloat16, float16 and float32. Nothing here allocates, waits for the
 // device or reads from it, so that a CUDA graph can record it.
 //
-// Which kernel serves what, for any width. T is bf16 or f16; tf32 or fp32 for float32, by the caller's choice. 25 in all
-// (docs/cuda_attention.md has a table):
+// Which kernel serves what, for any width (docs/cuda_attention.md has a table). T is bf16 or f16; of float32 it is tf32
+// or fp32, by the caller's choice. 25 in all:
 //   both passes  attention_product_kernel<T>         the projections; w_out where values are wider than a slice;
 //                                                    context = w_out^T grad_y; the gradients of x and of the weights
 //   forward      attention_forward_kernel<T, 64>     values of at most 64 channels; fp32: of any width, in slices of 64

@@ -2,10 +2,10 @@
 //
 // A warp owns 16 queries, a block `queries` of one image. Everything else passes through shared memory as a sequence of
 // panels of at most 16 KB, two under way while one is used: for every 128 keys the panels of the keys (64 channels
-// each, 32 of 32 bits) and then those of the values; after the last key the panels of w_out, 64 output channels each. Logits,
-// probabilities and out live in registers; out is stored for the backward pass, and used from where it is. Up to 128
-// keys the softmax is exact at once; beyond, it is corrected whenever a row's maximum grows (Milakov and Gimelshein,
-// 2018).
+// each, 32 of 32 bits) and then those of the values; after the last key the panels of w_out, 64 output channels each.
+// Logits, probabilities and out live in registers; out is stored for the backward pass, and used from where it is. Up
+// to 128 keys the softmax is exact at once; beyond, it is corrected whenever a row's maximum grows (Milakov and
+// Gimelshein, 2018).
 //
 // `width` is how many value channels a block has registers for, 64, 128 or 256; what is not needed of them is skipped,
 // 16 channels at a time. Wider values are done in slices by different blocks, which compute the logits again and leave
@@ -23,7 +23,8 @@ constexpr int forward_keys = 128, forward_stages = 3, forward_panel_bytes = 16 <
 template <typename T, int width>
 struct ForwardPlan {
     static constexpr int panel = forward_panel_bytes / sizeof(T) / forward_keys;  // channels
-    static constexpr int warps = sizeof(T) == 2 && width <= 64 ? 8 : 4, threads = warps * warp_size, queries = 16 * warps;
+    static constexpr int warps = sizeof(T) == 2 && width <= 64 ? 8 : 4;
+    static constexpr int threads = warps * warp_size, queries = 16 * warps;
     static constexpr int blocks_per_sm = 2;
     // Panels of queries that are kept for all keys; wider ones are fetched again. It all fits the 99 KB of a block on
     // sm_120.

@@ -258,10 +258,28 @@ struct Problem {
     }
 
     AttentionCuda arguments() const {
- return {dtype<T>,       std::is_same_v<T, tf32>, shape.batch,    shape.channels, shape.positions, shape.key_width, shape.value_width,
-                map(x),         w_query.data(), w_key.data(),   w_value.data(),  given(w_out),    gamma.data(),
-                given(b_query), given(b_key),   given(b_value), given(b_out),    query.data(),    key.data(),
-                value.data(),   out.data(),     lse.data()};
+        return {dtype<T>,
+                std::is_same_v<T, tf32>,
+                shape.batch,
+                shape.channels,
+                shape.positions,
+                shape.key_width,
+                shape.value_width,
+                map(x),
+                w_query.data(),
+                w_key.data(),
+                w_value.data(),
+                given(w_out),
+                gamma.data(),
+                given(b_query),
+                given(b_key),
+                given(b_value),
+                given(b_out),
+                query.data(),
+                key.data(),
+                value.data(),
+                out.data(),
+                lse.data()};
     }
 
     void forward() const {

@@ -2,8 +2,9 @@
 // element T is bf16, f16, tf32 or fp32; kernels are written once for all four.
 //
 // All products are made of blocks d[r, s] += Σ_k a[r, k] b[s, k], 16 × 16 × 16. An operand block holds 16 rows of one
-// side and 16 elements of the sum; it is the same registers whether it stands left or right, and a result block d[r, s],
-// rounded, is an operand block with rows r and sum s. In a lane, with g = lane / 4 and t = lane % 4, a result block is
+// side and 16 elements of the sum; it is the same registers whether it stands left or right, and a result block
+// d[r, s], rounded, is an operand block with rows r and sum s. In a lane, with g = lane / 4 and t = lane % 4, a result
+// block is
 //   {{d[g][2t], d[g][2t+1], d[g+8][2t], d[g+8][2t+1]}, {the same of d[·][8 + ·]}}.
 // An operand of 16-bit elements is what mma_m16n8k16 takes. One of 32-bit elements is two of mma_m16n8k8_tf32, which
 // has t and t + 4 of the sum where a result has 2t and 2t + 1; since the order of a sum is free, so are these names.
@@ -70,8 +71,8 @@ struct Panel {
 #pragma unroll 1
         for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
             const int row = i >> shift, chunk = i & (chunks - 1), first = chunk * chunk_size<T>;
-            copy_chunk(tile + chunk_place<T>(chunks, row, chunk), data + static_cast<std::int64_t>(row) * stride + first,
-                       row < filled ? size - first : 0, 1, vectors);
+            const T* const from = data + static_cast<std::int64_t>(row) * stride + first;
+            copy_chunk(tile + chunk_place<T>(chunks, row, chunk), from, row < filled ? size - first : 0, 1, vectors);
         }
     }
 };
