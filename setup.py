@@ -95,6 +95,16 @@ def cuda_targets(nvcc: Path) -> "list[str]":
     return targets
 
 
+def cuda_codes(targets: "list[str]") -> "list[str]":
+    """nvcc's options. What does not depend on the GPU takes most of the time, so it is done once for all machine code:
+    the kernels use nothing that the oldest of the targets has not."""
+    plain = [target for target in targets if re.fullmatch(r"sm_\d+", target)]
+    base = min(plain, key=lambda target: int(target[3:])).replace("sm_", "compute_") if plain else ""
+    groups = [(base, [*plain, *[t for t in targets if t == base]])] if plain else []
+    groups += [(t.replace("sm_", "compute_"), [t]) for t in targets if t not in plain and t != base]
+    return [f"'-gencode=arch={arch},code=[{','.join(codes)}]'" for arch, codes in groups]
+
+
 class Ninja:
     """A build.ninja file in the making."""
 
@@ -102,12 +112,15 @@ class Ninja:
         self.folder = folder
         self.lines = [
             "rule compile\n  command = $compiler -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            # What nvcc says stays beside the object: registers, spills (benchmarks/cuda_resources.py reads it).
+            "rule compile_cuda\n  command = $compiler -MD -MF $out.d -c $in -o $out > $out.txt 2>&1 || "
+            "(cat $out.txt; false)\n  depfile = $out.d\n  deps = gcc",
             "rule link\n  command = $compiler $in -o $out $libraries",
         ]
 
-    def compile(self, source: Path, command: "list[str]", tag: str) -> str:
+    def compile(self, source: Path, command: "list[str]", tag: str, rule: str = "compile") -> str:
         name = f"{source.parent.name}.{source.stem}.{tag}.o"
-        self.lines.append(f"build {name}: compile {source}\n  compiler = {' '.join(command)}")
+        self.lines.append(f"build {name}: {rule} {source}\n  compiler = {' '.join(command)}")
         return name
 
     def link(self, output: Path, objects: "list[str]", command: "list[str]", libraries: "list[str]") -> None:
@@ -145,9 +158,12 @@ class NinjaBuild(build_ext):
             output.unlink(missing_ok=True)
             stand_in.write_text(f"BUILD_ERROR = {str(error)!r}\nFINGERPRINT = {FINGERPRINT!r}\n")
 
+    def ninja_folder(self) -> Path:
+        return (Path(self.build_temp) / "ninja").resolve()
+
     def compile_native(self, output: Path, pybind11_include: str) -> None:
         cxx = find_cxx()
-        ninja = Ninja((Path(self.build_temp) / "ninja").resolve())
+        ninja = Ninja(self.ninja_folder())
         compiler = [cxx, *CXX_FLAGS, f"-I{CSRC}"]
         objects = []
         for source in sorted(CSRC.glob("*/*_cpu.cpp")):
@@ -174,10 +190,9 @@ class NinjaBuild(build_ext):
                 raise BuildError("no nvcc found (CUDA_HOME, PATH); SABMN_CUDA=wheels fetches one from PyPI")
             nvcc = root / "bin" / "nvcc"
             targets = cuda_targets(nvcc)
-            codes = [f"-gencode=arch={t.replace('sm_', 'compute_')},code={t}" for t in targets]
             command = [str(nvcc), "-std=c++17", "-O3", "-ccbin", cxx.split()[0], "-cudart", "static", f"-I{CSRC}"]
-            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
-            objects = [ninja.compile(source, command, "cuda") for source in CUDA_SOURCES]
+            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", *cuda_codes(targets)]
+            objects = [ninja.compile(source, command, "cuda", "compile_cuda") for source in CUDA_SOURCES]
             ninja.run(*objects)
         except BuildError as error:
             if CUDA_MODE in ("1", "wheels"):
@@ -188,6 +203,29 @@ class NinjaBuild(build_ext):
         folders = [folder for folder in (root / "lib64", root / "lib") if (folder / "libcudart_static.a").exists()]
         libraries = [f"-L{folder}" for folder in folders] + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         return objects, libraries, [f"-DSABMN_CUDA_TARGETS='\"{' '.join(targets)}\"'"]
+
+
+class CudaReport(Command):
+    """Compiles the CUDA kernels that are not compiled yet, and names the compiler's report of each source."""
+
+    description = "compile the CUDA kernels and print where the compiler's reports are"
+    user_options = []  # noqa: RUF012  setuptools' own form
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        build = self.get_finalized_command("build_ext")
+        folder = build.ninja_folder()
+        try:
+            objects, _, _ = build.compile_cuda(Ninja(folder), find_cxx())
+        except BuildError as error:
+            raise SystemExit(f"sabmn_ext: the CUDA kernels were not compiled: {error}") from None
+        for name in objects:
+            print(f"report {folder / name}.txt")
 
 
 class SimtBuild(Command):
@@ -242,6 +280,6 @@ class BuildPy(build_py):
 
 setup(
     ext_modules=[Extension("_sabmn_ext", sources=[])],
-    cmdclass={"build_ext": NinjaBuild, "build_py": BuildPy, "simt": SimtBuild},
+    cmdclass={"build_ext": NinjaBuild, "build_py": BuildPy, "cuda_report": CudaReport, "simt": SimtBuild},
     setup_requires=[CUDA_WHEELS] if CUDA_MODE == "wheels" else [],
 )

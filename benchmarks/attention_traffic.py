@@ -4,9 +4,16 @@
 
 `distinct` counts every byte once that a launch reads or writes. `floor` leaves out what only its cutting into blocks
 costs: of the weights' gradients one partial sum is written. `read again` comes on top of distinct, from L2. `mma` are
-the m16n8k16 instructions issued, `least` those that the products' sizes need; in the attention's gradients the logits
-and their slopes are found twice, once by the owners of queries and once by those of keys, for no sum is atomic. The
-one-pass floor is that of the whole operation: x in and y out; x, grad_y in and grad_x out.
+the m16n8k16 instructions issued, `least` those that the products' sizes need. Beyond 128 positions the logits and
+their slopes are found twice for the attention's gradients, once by the owners of queries and once by those of keys,
+for no sum is atomic: 7 products where 5 are the least. The one-pass floor is that of the whole operation: x in and y
+out; x, grad_y in and grad_x out. `µs` is the least time on an H100 at its highest rates, the longest of three: bytes
+(3.35 TB/s), mma (989 TFLOP/s), exponentials (16 a cycle of each of 132 multiprocessors); the last two on as many of
+these as there are blocks.
+
+Under such a table stands what 5 products would take there: blocks that own keys, as many an image as it takes to hold
+the sums of theirs in shared memory, one to a multiprocessor, in rounds; they have a part each of every query's
+gradient, in float32, to be written and added up by another launch.
 """
 
 import argparse
@@ -20,6 +27,8 @@ MMA = 16 * 8 * 16  # multiplications of one instruction
 SIDE, DEPTH = 128, 32  # of the products' blocks and slices
 KEYS, OUT_CHANNELS = 128, 64  # of the forward panels
 BACKWARD_SIDE = BACKWARD_PANEL = 64
+SHARED = 227 << 10  # of a block on sm_90
+BLOCK_POSITIONS = 128  # up to which one block makes all gradients of an image
 ROW_POSITIONS = 32
 WEIGHT_BLOCKS = 128
 
@@ -34,6 +43,14 @@ class Launch:
     read_again: int
     mma: int
     least: int
+    exponentials: int = 0
+    blocks: int = 132
+
+    @property
+    def microseconds(self) -> float:
+        share = min(self.blocks / 132, 1)
+        busy = max(self.mma * 2 * MMA / 989e6, self.exponentials / (132 * 16 * 1755))
+        return max(self.distinct / 3.35e6, busy / share)
 
 
 def ceil_to(size: int, unit: int) -> int:
@@ -87,6 +104,15 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
                + [(value_width, 64 * i) for i in range(slices_b)])  # fmt: skip
     pairs = batch * ceil_to(n, 16) * ceil_to(n, 16)  # a warp without positions of its own is idle
     all_pairs = batch * ceil_to(n, 16) * own_tiles * BACKWARD_SIDE
+    if n <= BLOCK_POSITIONS:
+        attention_blocks, attention_exponentials = batch, batch * n * n
+        attention_again = 2 * query + value  # all but the values serve two products
+        attention_mma = pairs * (3 * width16 + 2 * value16) // MMA
+    else:
+        owners = slices_a + max(slices_a, slices_b)
+        attention_blocks, attention_exponentials = batch * own_tiles * owners, batch * n * n * owners
+        attention_again = (own_tiles * owners - 1) * (query + value)
+        attention_mma = (all_pairs * logits + pairs * sums) // MMA
     launch = Launch
     return {
         "forward projections": launch(
@@ -100,6 +126,7 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
             rows * (ceil_to(n, KEYS) * width16 + ceil_to(n, 16) * value16
                     + ceil_to(channels, OUT_CHANNELS) * value16) // MMA,
             batch * n * (n * (width + value_width) + channels * value_width) // MMA,
+            batch * n * n, batch * query_tiles,
         ),
         "backward context": launch(
             image + w_out + value, image + w_out + value,
@@ -111,9 +138,9 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
         ),
         "backward attention": launch(
             2 * inner + value + 3 * row_floats, 2 * inner + value + 3 * row_floats,
-            ((own_tiles * slices_a + own_tiles * max(slices_a, slices_b)) - 1) * (2 * query + 2 * value) // 2,
-            (all_pairs * logits + pairs * sums) // MMA,
+            attention_again, attention_mma,
             batch * n * n * (3 * width + 2 * value_width) // MMA,
+            attention_exponentials, attention_blocks,
         ),
         "backward x": launch(
             2 * image + weights + inner, 2 * image + weights + inner,
@@ -132,6 +159,16 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
     }  # fmt: skip
 
 
+def five_products(batch: int, positions: int, width: int, value_width: int) -> tuple[int, int, float]:
+    """Blocks an image, bytes added and µs, where owners of keys leave partial gradients of the queries."""
+    parts = blocks(FLOAT * positions * (width + value_width), SHARED)
+    pairs = batch * positions * positions
+    added = 2 * parts * FLOAT * batch * width * positions
+    work = Launch(0, 0, 0, pairs * (3 * width + 2 * value_width) // MMA, 0, pairs).microseconds
+    rounds = blocks(parts * batch, 132)
+    return parts, added, work * 132 * rounds / (parts * batch) + added / 3.35e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
@@ -141,23 +178,30 @@ def main() -> None:
         channels, positions, width = STAGES[stage]
         launches = traffic(options.batch, channels, positions, width, width)
         print(f"stage {stage}: B {options.batch}, C {channels}, N {positions}, d {width}; MB, millions of mma")
-        print(
-            f"{'launch':<20} {'distinct':>9} {'floor':>8} {'ratio':>6} {'read again':>11} {'mma':>8} {'least':>8} ratio"
-        )
+        heads = f"{'distinct':>9} {'floor':>8} {'ratio':>6} {'read again':>11} {'mma':>8} {'least':>8} ratio     µs"
+        print(f"{'launch':<20} {heads}")
         for name, one in launches.items():
-            mma = f"{one.mma / one.least:5.2f}" if one.least else ""
+            ratio = f"{one.mma / one.least:5.2f}" if one.least else " " * 5
             print(
                 f"{name:<20} {one.distinct / 1e6:9.1f} {one.floor / 1e6:8.1f} {one.distinct / one.floor:6.2f} "
-                f"{one.read_again / 1e6:11.1f} {one.mma / 1e6:8.2f} {one.least / 1e6:8.2f} {mma}"
+                f"{one.read_again / 1e6:11.1f} {one.mma / 1e6:8.2f} {one.least / 1e6:8.2f} {ratio} "
+                f"{one.microseconds:6.1f}"
             )
+        if positions > BLOCK_POSITIONS:
+            parts, added, time = five_products(options.batch, positions, width, width)
+            now = launches["backward attention"].microseconds
+            print(f"5 products: {parts} blocks an image, {added / 1e6:.0f} MB more; {time:.0f} µs, now {now:.0f} µs")
         image = options.batch * channels * positions * ELEMENT
         for way, images in (("forward", 2), ("backward", 3)):
             some = [one for name, one in launches.items() if name.startswith(way)]
             total, mma, least = (sum(getattr(one, what) for one in some) for what in ("distinct", "mma", "least"))
             print(
                 f"{way}: {len(some)} launches, {total / 1e6:.0f} MB, one-pass floor {images * image / 1e6:.0f} MB, "
-                f"ratio {total / (images * image):.2f}; mma {mma / least:.2f} × the least"
+                f"ratio {total / (images * image):.2f}; mma {mma / least:.3f} × the least; "
+                f"{sum(one.microseconds for one in some):.0f} µs"
             )
+        mma, least = (sum(getattr(one, what) for one in launches.values()) for what in ("mma", "least"))
+        print(f"both: mma {mma / least:.3f} × the least\n")
 
 
 if __name__ == "__main__":

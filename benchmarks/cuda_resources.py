@@ -1,19 +1,22 @@
 """Registers, spills, shared memory and occupancy of every CUDA kernel, from the compiler's report; without a GPU.
 
+The report is that of the build (setup.py cuda_report); what is not compiled yet is compiled for it.
+
 python benchmarks/cuda_resources.py [--targets sm_80 sm_90 ...]
 """
 
 import argparse
 import ast
+import functools
 import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,13 @@ PLANS = {
     "attention_forward_kernel<64>": Plan(256, 2, 96 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
     "attention_forward_kernel<128>": Plan(128, 2, 80 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
     "attention_forward_kernel<256>": Plan(128, 2, 80 << 10, blocks_per_small_sm=1),
+    "attention_forward_kernel<tf32, 64>": Plan(128, 2, 80 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
+    "attention_forward_kernel<fp32, 64>": Plan(128, 2, 80 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
     "attention_backward_kernel": Plan(128, 2, 91136, planned_shared=50176, blocks_per_small_sm=1),
+    "attention_backward_block_kernel": Plan(256, 1, 96 << 10),
     "attention_product_kernel": Plan(256, 2, 48 << 10),
+    "attention_product_kernel<tf32>": Plan(256, 1, 48 << 10),
+    "attention_product_kernel<fp32>": Plan(256, 1, 48 << 10),
     "attention_row_term_kernel": Plan(256, 6),
     "attention_reduce_kernel": Plan(256, 6),
     "device_probe_kernel": Plan(threads=1, blocks_per_sm=1),
@@ -85,7 +93,9 @@ class Resources:
 
     @property
     def name(self) -> str:
-        """The name with its numbers, as in ``PLANS``: types change nothing of a plan."""
+        """The key in ``PLANS``: the name with its types where these have a plan of their own, else with its numbers."""
+        if self.kernel in PLANS:
+            return self.kernel
         numbers = re.findall(r"\b\d+\b", "".join(re.findall(r"<.*", self.kernel)))
         return re.sub(r"<.*", "", self.kernel) + (f"<{', '.join(numbers)}>" if numbers else "")
 
@@ -123,25 +133,29 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
-def resources(source: Path, target: str, nvcc: str) -> list[Resources]:
-    """Compile one source for one architecture and read what ptxas says of its kernels."""
-    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={target}", "-Xptxas", "-v", "-cubin"]
-    result = subprocess.run([*command, source, "-o", os.devnull], capture_output=True, text=True, check=False)
+@functools.cache
+def resources() -> list[Resources]:
+    """What ptxas says of every kernel on every architecture that is built."""
+    command = [sys.executable, "setup.py", "-q", "cuda_report"]
+    environment = os.environ | {"SABMN_CUDA": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"{source.name} does not compile for {target}:\n{result.stderr}")
-    readable = subprocess.run(["c++filt"], input=result.stderr, capture_output=True, text=True, check=True).stdout
+        raise RuntimeError(f"the CUDA kernels do not compile:\n{result.stdout}{result.stderr}")
     report = re.compile(
-        r"Compiling entry function '(?:void )?([^\n]*)' for.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers(.*?)\n",
+        r"Compiling entry function '(?:void )?([^\n]*)' for '(sm_\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*?)\n",
         re.DOTALL,
     )
     found = []
-    for signature, stack, stores, loads, registers, rest in report.findall(readable):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        kernel = re.sub(r"\(anonymous namespace\)::|sabmn::", "", signature)
-        kernel = re.sub(r"\((?!anonymous).*", "", kernel)
-        static_shared = int(shared[1]) if shared else 0
-        found.append(Resources(kernel, target, int(registers), int(stack), int(stores) + int(loads), static_shared))
+    for path in re.findall(r"^report (.*)$", result.stdout, re.MULTILINE):
+        said = Path(path).read_text()
+        readable = subprocess.run(["c++filt"], input=said, capture_output=True, text=True, check=True).stdout
+        for signature, target, stack, stores, loads, registers, rest in report.findall(readable):
+            shared = re.search(r"(\d+) bytes smem", rest)
+            kernel = re.sub(r"\(anonymous namespace\)::|sabmn::", "", signature)
+            kernel = re.sub(r"\((?!anonymous).*", "", kernel)
+            static_shared = int(shared[1]) if shared else 0
+            found.append(Resources(kernel, target, int(registers), int(stack), int(stores) + int(loads), static_shared))
     return found
 
 
@@ -149,19 +163,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=shipped_targets(), choices=sorted(LIMITS))
     options = parser.parse_args()
-    nvcc = find_nvcc()
-    if nvcc is None:
+    if find_nvcc() is None:
         raise SystemExit("error: no nvcc found (CUDA_HOME, PATH)")
     print(f"{'kernel':<62} {'GPU':<7} registers  spills  local  shared  blocks/SM (planned)  threads of the SM's")
-    for source in SOURCES:
-        for target in options.targets:
-            for kernel in sorted(resources(source, target, nvcc), key=lambda k: k.kernel):
-                plan = PLANS[kernel.name]
-                share = kernel.blocks_per_sm * plan.threads / LIMITS[target].threads
-                print(
-                    f"{kernel.kernel:<62} {target:<7} {kernel.registers:9} {kernel.spills:7} {kernel.stack:6} "
-                    f"{kernel.shared:7} {kernel.blocks_per_sm:9} ({plan.blocks_on(target)}) {share:24.0%}"
-                )
+    for kernel in sorted(resources(), key=lambda k: (k.kernel, len(k.target), k.target)):
+        if kernel.target not in options.targets:
+            continue
+        plan = PLANS[kernel.name]
+        share = kernel.blocks_per_sm * plan.threads / LIMITS[kernel.target].threads
+        print(
+            f"{kernel.kernel:<62} {kernel.target:<7} {kernel.registers:9} {kernel.spills:7} {kernel.stack:6} "
+            f"{kernel.shared:7} {kernel.blocks_per_sm:9} ({plan.blocks_on(kernel.target)}) {share:24.0%}"
+        )
 
 
 if __name__ == "__main__":

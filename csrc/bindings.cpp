@@ -205,12 +205,13 @@ AttentionMap attention_map(const MapFields& fields) {
 
 // sizes: B, C, N, key width, value width. parameters: w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value,
 // b_out. saved: query, key, value, out, lse.
-AttentionCuda attention_arguments(int dtype, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
+AttentionCuda attention_arguments(int dtype, bool tf32, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
                                   const std::array<std::uintptr_t, 9>& parameters,
                                   const std::array<std::uintptr_t, 5>& saved) {
-    return {static_cast<DType>(dtype),     sizes[0],
-            sizes[1],                      sizes[2],
-            sizes[3],                      sizes[4],
+    return {static_cast<DType>(dtype),     tf32,
+            sizes[0],                      sizes[1],
+            sizes[2],                      sizes[3],
+            sizes[4],
             attention_map(x),              pointer<void>(parameters[0]),
             pointer<void>(parameters[1]),  pointer<void>(parameters[2]),
             pointer<void>(parameters[3]),  pointer<float>(parameters[4]),
@@ -221,15 +222,15 @@ AttentionCuda attention_arguments(int dtype, const std::array<std::int64_t, 5>& 
             pointer<float>(saved[4])};
 }
 
-int attention_forward_launch(int dtype, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
+int attention_forward_launch(int dtype, bool tf32, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
                              const std::array<std::uintptr_t, 9>& parameters,
                              const std::array<std::uintptr_t, 5>& saved, const MapFields& y, std::uintptr_t stream) {
-    return attention_forward_cuda(attention_arguments(dtype, sizes, x, parameters, saved), attention_map(y),
+    return attention_forward_cuda(attention_arguments(dtype, tf32, sizes, x, parameters, saved), attention_map(y),
                                   pointer<void>(stream));
 }
 
 // gradients: of w_query, w_key, w_value, w_out, gamma; inner: context, then the gradients of query, key, value.
-int attention_backward_launch(int dtype, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
+int attention_backward_launch(int dtype, bool tf32, const std::array<std::int64_t, 5>& sizes, const MapFields& x,
                               const std::array<std::uintptr_t, 9>& parameters,
                               const std::array<std::uintptr_t, 5>& saved, const MapFields& grad_y,
                               const MapFields& grad_x, const std::array<std::uintptr_t, 5>& gradients,
@@ -241,7 +242,7 @@ int attention_backward_launch(int dtype, const std::array<std::int64_t, 5>& size
                                       pointer<float>(gradients[4]), pointer<void>(inner[0]),
                                       pointer<void>(inner[1]),      pointer<void>(inner[2]),
                                       pointer<void>(inner[3])};
-    return attention_backward_cuda(attention_arguments(dtype, sizes, x, parameters, saved), g, pointer<void>(workspace),
+    return attention_backward_cuda(attention_arguments(dtype, tf32, sizes, x, parameters, saved), g, pointer<void>(workspace),
                                    pointer<void>(stream));
 }
 
@@ -250,9 +251,9 @@ void define_attention_cuda(py::module_& m) {
     m.def("attention_backward_cuda_workspace", attention_backward_cuda_workspace, "batch"_a, "channels"_a,
           "positions"_a, "key_width"_a, "value_width"_a, "w_out"_a);
     m.def("attention_forward_cuda", attention_forward_launch, py::call_guard<py::gil_scoped_release>(), "dtype"_a,
-          "sizes"_a, "x"_a, "parameters"_a, "saved"_a, "y"_a, "stream"_a);
+          "tf32"_a, "sizes"_a, "x"_a, "parameters"_a, "saved"_a, "y"_a, "stream"_a);
     m.def("attention_backward_cuda", attention_backward_launch, py::call_guard<py::gil_scoped_release>(), "dtype"_a,
-          "sizes"_a, "x"_a, "parameters"_a, "saved"_a, "grad_y"_a, "grad_x"_a, "gradients"_a, "inner"_a, "workspace"_a,
+          "tf32"_a, "sizes"_a, "x"_a, "parameters"_a, "saved"_a, "grad_y"_a, "grad_x"_a, "gradients"_a, "inner"_a, "workspace"_a,
           "stream"_a);
 }
 #endif

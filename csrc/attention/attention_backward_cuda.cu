@@ -3,6 +3,7 @@
 // launch.
 
 #include "attention/attention_backward_kernels.cuh"
+#include "attention/attention_block_kernels.cuh"
 #include "attention/attention_products.h"
 
 namespace sabmn {
@@ -60,6 +61,7 @@ class Backward {
     }
 
   private:
+    using Stored = std::conditional_t<sizeof(T) == 2, T, fp32>;  // where nothing is multiplied as TF32
     const AttentionCuda& in;
     const AttentionCudaGradients& grads;
     const BackwardLayout layout;
@@ -73,9 +75,9 @@ class Backward {
         set_rows(product, in.value_width);
         product.columns = in.positions;
         product.depths[0] = in.channels;
-        add_part(product.a, 0, in.w_out, 0, 1, in.value_width);
-        add_part(product.b, 0, dy.data, dy.batch_stride, dy.position_stride, dy.channel_stride);
-        product.results[0] = plain_result(grads.context, in.value_width, in.positions, nullptr);
+        add_part<T>(product.a, 0, in.w_out, 0, 1, in.value_width);
+        add_part<T>(product.b, 0, dy.data, dy.batch_stride, dy.position_stride, dy.channel_stride);
+        product.results[0] = plain_result<T>(grads.context, in.value_width, in.positions, nullptr);
         return launch_product<T>(product, in.batch, stream);
     }
 
@@ -95,7 +97,7 @@ class Backward {
                                         dy.position_stride,
                                         row_term,
                                         sums};
-        return launch(attention_row_term_kernel<T>, row_blocks(), row_warps * warp_size, 0, stream, arguments);
+        return launch(attention_row_term_kernel<Stored>, row_blocks(), row_warps * warp_size, 0, stream, arguments);
     }
 
     cudaError_t find_map_gradients() const {
@@ -106,11 +108,16 @@ class Backward {
         arguments.lse = in.lse, arguments.row_term = row_term, arguments.gamma = in.gamma;
         arguments.grad_query = grads.grad_query, arguments.grad_key = grads.grad_key,
         arguments.grad_value = grads.grad_value;
-        arguments.vectors = multiples_of(8, in.positions) && aligned(16, in.query) && aligned(16, in.key) &&
-                            aligned(16, in.value) && aligned(16, grads.context);
-        arguments.pairs = multiples_of(2, in.positions) && aligned(4, grads.grad_query) && aligned(4, grads.grad_key) &&
-                          aligned(4, grads.grad_value);
-        const BackwardPlan plan(in.key_width, in.value_width);
+        arguments.vectors = takes_vectors<T>(in.query, in.positions) && aligned(16, in.key) && aligned(16, in.value) &&
+                            aligned(16, grads.context);
+        arguments.pairs = takes_pairs<T>(grads.grad_query, in.positions) && takes_pairs<T>(grads.grad_key) &&
+                          takes_pairs<T>(grads.grad_value);
+        if constexpr (sizeof(T) == 2) {
+            if (in.positions <= block_positions)
+                return launch(attention_backward_block_kernel<T>, in.batch, block_threads, block_shared_bytes, stream,
+                              arguments);
+        }
+        const BackwardPlan plan(in.key_width, in.value_width, backward_panel<T>);
         const dim3 grid(in.batch * 2 * ceil_div(in.positions, backward_side), plan.slices());
         return launch(attention_backward_kernel<T>, grid, backward_threads, plan.bytes(), stream, arguments);
     }
@@ -127,10 +134,10 @@ class Backward {
         for (int i = 0; i < max_parts; ++i) {
             const int64_t width = i == 2 ? in.value_width : in.key_width;
             product.depths[i] = width;
-            add_part(weights, i, w[i], 0, 1, in.channels);
-            add_part(parts, i, of[i], width * in.positions, 1, in.positions);
+            add_part<T>(weights, i, w[i], 0, 1, in.channels);
+            add_part<T>(parts, i, of[i], width * in.positions, 1, in.positions);
         }
-        product.results[0] = map_result(grads.grad_x, grads.grad_y, in.channels, in.positions, nullptr, nullptr);
+        product.results[0] = map_result<T>(grads.grad_x, grads.grad_y, in.channels, in.positions, nullptr, nullptr);
         return launch_product<T>(product, in.batch, stream);
     }
 
@@ -143,17 +150,17 @@ class Backward {
         stacked.stacked = true;
         stacked.columns = in.channels;
         for (int i = 0; i < max_parts; ++i) {
-            add_part(stacked.a, i, of[i], (i == 2 ? in.value_width : in.key_width) * in.positions, in.positions, 1);
+            add_part<T>(stacked.a, i, of[i], (i == 2 ? in.value_width : in.key_width) * in.positions, in.positions, 1);
         }
-        add_part(stacked.b, 0, in.x.data, in.x.batch_stride, in.x.channel_stride, in.x.position_stride);
+        add_part<T>(stacked.b, 0, in.x.data, in.x.batch_stride, in.x.channel_stride, in.x.position_stride);
         stacked.partial = stacked_partial;
 
         Product& w_out = products.product[1];
         const AttentionMap& dy = grads.grad_y;
         set_rows(w_out, in.channels);
         w_out.columns = in.value_width;
-        add_part(w_out.a, 0, dy.data, dy.batch_stride, dy.channel_stride, dy.position_stride);
-        add_part(w_out.b, 0, in.out, in.value_width * in.positions, in.positions, 1);
+        add_part<T>(w_out.a, 0, dy.data, dy.batch_stride, dy.channel_stride, dy.position_stride);
+        add_part<T>(w_out.b, 0, in.out, in.value_width * in.positions, in.positions, 1);
         w_out.partial = w_out_partial;
         for (Product& product : products.product) {
             product.depths[0] = in.positions;
@@ -176,7 +183,7 @@ class Backward {
         arguments.parts = layout.groups;
         arguments.gamma_sums = sums, arguments.grad_gamma = grads.gamma, arguments.gamma_count = row_blocks();
         const int64_t size = stride + arguments.matrices[3].size;
-        return launch(attention_reduce_kernel<T>, (size + reduce_threads - 1) / reduce_threads, reduce_threads, 0,
+        return launch(attention_reduce_kernel<Stored>, (size + reduce_threads - 1) / reduce_threads, reduce_threads, 0,
                       stream, arguments);
     }
 };
@@ -190,14 +197,9 @@ int64_t attention_backward_cuda_workspace(int64_t batch, int64_t channels, int64
 
 int attention_backward_cuda(const AttentionCuda& in, const AttentionCudaGradients& gradients, void* workspace,
                             void* stream) {
-    if (in.dtype != DType::bfloat16 && in.dtype != DType::float16) return unsupported_dtype;
-    if (!supported_size(in)) return unsupported_size;
-    if (in.batch == 0 || in.positions == 0) return ok;
-    const auto run = [&](auto element) {
+    return run_for_elements(in, [&](auto element) {
         return Backward<decltype(element)>(in, gradients, workspace, static_cast<cudaStream_t>(stream)).run();
-    };
-    const cudaError_t status = in.dtype == DType::bfloat16 ? run(bf16()) : run(f16());
-    return status == cudaSuccess ? ok : cuda_error + static_cast<int>(status);
+    });
 }
 
 }  // namespace sabmn

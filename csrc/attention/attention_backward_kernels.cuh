@@ -19,7 +19,7 @@ struct BackwardArguments {
     const float *lse, *row_term, *gamma;
     void *grad_query, *grad_key, *grad_value;
     bool vectors;  // rows of the tensors read may be copied 16 bytes at a time
-    bool pairs;    // rows of the gradients may be stored 4 bytes at a time
+    bool pairs;    // and those of the gradients stored in pairs of neighbours
 };
 
 // ---- row terms ----
@@ -78,41 +78,44 @@ __global__ void __launch_bounds__(row_warps* warp_size)
 
 // ---- gradients of query, key and value ----
 
-constexpr int backward_side = 64, backward_panel = 64, backward_threads = 128, backward_blocks_per_sm = 2;
-constexpr int backward_stages = 3, backward_panel_elements = backward_side * backward_panel;
+constexpr int backward_side = 64, backward_threads = 128, backward_blocks_per_sm = 2;
+constexpr int backward_stages = 3, backward_panel_bytes = 8 << 10;
+template <typename T>
+constexpr int backward_panel = backward_panel_bytes / sizeof(T) / backward_side;  // channels
 constexpr int backward_own_panels = 4;  // that are kept in shared memory; wider ones are fetched for every tile
 
 // Where shared memory has what, in panels of 8 KB.
 struct BackwardPlan {
-    int a_panels, b_panels;  // of 64 channels
+    int a_panels, b_panels;
     bool keeps_own;
 
-    __host__ __device__ BackwardPlan(int key_width, int value_width)
-        : a_panels(ceil_div(key_width, backward_panel)),
-          b_panels(ceil_div(value_width, backward_panel)),
+    __host__ __device__ BackwardPlan(int key_width, int value_width, int panel)
+        : a_panels(ceil_div(key_width, panel)),
+          b_panels(ceil_div(value_width, panel)),
           keeps_own(a_panels + b_panels <= backward_own_panels) {}
     __host__ __device__ int own() const { return keeps_own ? a_panels + b_panels : backward_stages; }
     __host__ __device__ int ring() const { return a_panels + b_panels > 2 ? backward_stages : 0; }
     __host__ __device__ int slices() const { return a_panels > b_panels ? a_panels : b_panels; }
     __host__ __device__ int bytes() const {
-        return (4 + own() + ring()) * backward_panel_elements * 2 +
+        return (4 + own() + ring()) * backward_panel_bytes +
                2 * 2 * backward_side * static_cast<int>(sizeof(float));
     }
 };
 
 // A block owns 64 positions, a warp 16 of them, and walks over all others, 64 at a time. Blocks of queries make
-// grad_query, blocks of keys grad_key and grad_value, each 64 channels of them (the slice blockIdx.y) and p and e anew.
+// grad_query, blocks of keys grad_key and grad_value, each 64 channels of them, or 32 of 32 bits (the slice
+// blockIdx.y), and p and e anew.
 // With own = query and other = key, or the reverse, and likewise for context and value, both do the same:
-//   logits = own_a · other_a     e = p (own_b · other_b - r)     grad_a += e other_a     and of keys grad_b += p other_b
-// The other side passes through shared memory in panels of 64 channels × 64 positions. The two that the slice needs
-// again for the gradients are kept until the tile is done.
+//   logits = own_a · other_a    e = p (own_b · other_b - r)    grad_a += e other_a    and of keys grad_b += p other_b
+// The other side passes through shared memory in panels of a slice's channels × 64 positions. The two that the slice
+// needs again for the gradients are kept until the tile is done.
 template <typename T>
 __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
     attention_backward_kernel(SABMN_GRID_CONSTANT(BackwardArguments) arguments) {
-    constexpr int side = backward_side, panel = backward_panel, chunks = side / 8, size = backward_panel_elements;
+    constexpr int side = backward_side, panel = backward_panel<T>, chunks = side / chunk_size<T>, size = side * panel;
     SABMN_DYNAMIC_SHARED(T, shared);
     const int positions = arguments.positions, tiles = ceil_div(positions, side), slice = blockIdx.y;
-    const BackwardPlan plan(arguments.key_width, arguments.value_width);
+    const BackwardPlan plan(arguments.key_width, arguments.value_width, panel);
     const int of_image = blockIdx.x % (2 * tiles);
     const std::int64_t image = blockIdx.x / (2 * tiles);
     const bool own_keys = of_image >= tiles;
@@ -196,18 +199,18 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
             const int depth = idle ? 0 : min(width - p * panel, panel);
 #pragma unroll 1
             for (int k = 0; k < depth; k += 16) {
-                Operand a, b;
-                load_operand<chunks, true>(a, own_panel, warp_own, k);
+                Operand<T> a, b;
+                load_operand<side, true>(a, own_panel, warp_own, k);
 #pragma unroll
                 for (int j = 0; j < side / 16; ++j) {
-                    load_operand<chunks, true>(b, other_panel, 16 * j, k);
+                    load_operand<side, true>(b, other_panel, 16 * j, k);
                     multiply<T>(d[j], a, b);
                 }
             }
         }
     };
     // grad[own, channel] += Σ over the positions of the tile
-    const auto accumulate = [&](Block(&grad)[panel / 16], const Operand(&weights)[side / 16], const T* from,
+    const auto accumulate = [&](Block(&grad)[panel / 16], const Operand<T>(&weights)[side / 16], const T* from,
                                 int channels, int left) {
 #pragma unroll
         for (int j = 0; j < side / 16; ++j) {
@@ -215,8 +218,8 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
 #pragma unroll
             for (int i = 0; i < panel / 16; ++i) {
                 if (16 * i >= channels) break;
-                Operand b;
-                load_operand<chunks, false>(b, from, 16 * i, 16 * j);
+                Operand<T> b;
+                load_operand<side, false>(b, from, 16 * i, 16 * j);
                 multiply<T>(grad[i], weights[j], b);
             }
         }
@@ -229,7 +232,7 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
         if (idle) continue;
         const int left = positions - tile * side;
         const float* const of_tile = statistics + tile % 2 * 2 * side;
-        Operand p_rounded[side / 16], e_rounded[side / 16];
+        Operand<T> p_rounded[side / 16], e_rounded[side / 16];
 #pragma unroll
         for (int j = 0; j < side / 16; ++j) {
 #pragma unroll
@@ -243,6 +246,8 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
             }
             round_block<T>(p_rounded[j], logits[j], 1, 1);
             round_block<T>(e_rounded[j], e[j], 1, 1);
+            prepare<T>(p_rounded[j]);
+            prepare<T>(e_rounded[j]);
         }
         const T* const of_slice = kept + tile % 2 * 2 * size;
         if (has_a) accumulate(grad_a, e_rounded, of_slice, arguments.key_width - slice * panel, left);
@@ -256,7 +261,8 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
 #pragma unroll
         for (int i = 0; i < panel / 16; ++i) {
             if (idle || 16 * i >= channels) break;
-            Operand rounded, turned;
+            Operand<T> rounded;
+            Pairs<T> turned;
             round_block<T>(rounded, grad[i], gamma, gamma);
             store_turned(data, channels, positions, 16 * i, first_own + warp_own, arguments.pairs, rounded, turned);
         }

@@ -19,6 +19,12 @@ SIMT_TEST(attention_backward_positions, bf16, f16) {
 
 SIMT_TEST(attention_backward_streams, bf16) { check<T>({3, 40, 136, 32, 17, true, any(), any()}); }
 
+SIMT_TEST(attention_backward_float32, tf32, fp32) {
+    check<T>({2, 20, 7, 17, 17, true, true, any()});
+    check<T>({1, 12, 68, 36, 8, true, false, any()});
+}
+SIMT_TEST(attention_backward_float32_heavy, tf32, fp32) { check<T>({1, 40, 129, 140, 72, true, true, any()}); }
+
 // Slices, with the own side kept (at most 4 panels) and fetched again.
 SIMT_TEST(attention_backward_widths, bf16) {
     check<T>({1, 24, 72, 128, 72, true, any(), any()});

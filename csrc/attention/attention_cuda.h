@@ -1,16 +1,18 @@
-// Self-attention over a feature map on the GPU, in bfloat16 and float16. Nothing here allocates, waits for the device
-// or reads from it, so that a CUDA graph can record it.
+// Self-attention over a feature map on the GPU, in bfloat16, float16 and float32. Nothing here allocates, waits for the
+// device or reads from it, so that a CUDA graph can record it.
 //
-// Which kernel serves what, for any width; T is bf16 or f16, so there are 14 in all. Other types have none:
-//   both passes  attention_product_kernel<T>       the projections; w_out where values are wider than 256 channels;
-//                                                  context = w_out^T grad_y; the gradients of x and of the weights
-//   forward      attention_forward_kernel<T, 64>   values of at most 64 channels
-//                attention_forward_kernel<T, 128>  of 65 to 128
-//                attention_forward_kernel<T, 256>  of 129 to 256, and wider ones in slices of 256
-//   backward     attention_row_term_kernel<T>      every width
-//                attention_backward_kernel<T>      every width, in slices of 64 channels
-//                attention_reduce_kernel<T>        every width
-// A forward pass is two launches, three where values are wider than 256 and there is a w_out; a backward pass six.
+// Which kernel serves what, for any width (docs/cuda_attention.md has a table). T is bf16 or f16; of float32 it is tf32
+// or fp32, by the caller's choice. 25 in all:
+//   both passes  attention_product_kernel<T>         the projections; w_out where values are wider than a slice;
+//                                                    context = w_out^T grad_y; the gradients of x and of the weights
+//   forward      attention_forward_kernel<T, 64>     values of at most 64 channels; fp32: of any width, in slices of 64
+//                attention_forward_kernel<T, 128>    of 65 to 128; tf32: wider ones too, in slices of 128
+//                attention_forward_kernel<T, 256>    bf16 and f16: of 129 to 256, and wider ones in slices of 256
+//   backward     attention_row_term_kernel<T>        every width; tf32 uses that of fp32
+//                attention_backward_block_kernel<T>  bf16 and f16, at most 128 positions
+//                attention_backward_kernel<T>        all else, in slices of 64 channels (float32: 32)
+//                attention_reduce_kernel<T>          every width; tf32 uses that of fp32
+// A forward pass is two launches, three where values are wider than a slice and there is a w_out; a backward pass six.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +31,7 @@ struct AttentionMap {
 // y = gamma (w_out out + b_out) + x. Weights and biases are dense; without w_out (null) the value width is C.
 struct AttentionCuda {
     DType dtype;  // of everything but gamma and lse
+    bool tf32;    // float32 may be multiplied as TF32
     std::int64_t batch, channels, positions, key_width, value_width;
     AttentionMap x;
     const void *w_query, *w_key;                    // [key width, C]

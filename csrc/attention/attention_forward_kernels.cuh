@@ -2,10 +2,10 @@
 //
 // A warp owns 16 queries, a block `queries` of one image. Everything else passes through shared memory as a sequence of
 // panels of at most 16 KB, two under way while one is used: for every 128 keys the panels of the keys (64 channels
-// each) and then those of the values; after the last key the panels of w_out, 64 output channels each. Logits,
-// probabilities and out live in registers; out is stored for the backward pass, and used from where it is. Up to 128
-// keys the softmax is exact at once; beyond, it is corrected whenever a row's maximum grows (Milakov and Gimelshein,
-// 2018).
+// each, 32 of 32 bits) and then those of the values; after the last key the panels of w_out, 64 output channels each.
+// Logits, probabilities and out live in registers; out is stored for the backward pass, and used from where it is. Up
+// to 128 keys the softmax is exact at once; beyond, it is corrected whenever a row's maximum grows (Milakov and
+// Gimelshein, 2018).
 //
 // `width` is how many value channels a block has registers for, 64, 128 or 256; what is not needed of them is skipped,
 // 16 channels at a time. Wider values are done in slices by different blocks, which compute the logits again and leave
@@ -17,21 +17,22 @@
 namespace sabmn {
 namespace {
 
-constexpr int forward_keys = 128, forward_panel = 64, forward_stages = 3;
-constexpr int forward_panel_elements = forward_keys * forward_panel;
+constexpr int forward_keys = 128, forward_stages = 3, forward_panel_bytes = 16 << 10;
 
 // 8 warps where registers allow, for the more queries share a panel the less often it is read.
-template <int width>
+template <typename T, int width>
 struct ForwardPlan {
-    static constexpr int warps = width <= 64 ? 8 : 4, threads = warps * warp_size, queries = 16 * warps;
+    static constexpr int panel = forward_panel_bytes / sizeof(T) / forward_keys;  // channels
+    static constexpr int warps = sizeof(T) == 2 && width <= 64 ? 8 : 4;
+    static constexpr int threads = warps * warp_size, queries = 16 * warps;
     static constexpr int blocks_per_sm = 2;
     // Panels of queries that are kept for all keys; wider ones are fetched again. It all fits the 99 KB of a block on
     // sm_120.
     static constexpr int query_slots = warps == 8 ? 3 : 4;
 
     static int shared_bytes(int key_width) {
-        const int panels = ceil_div(key_width, forward_panel), slots = panels < query_slots ? panels : query_slots;
-        return 2 * (slots * forward_panel * queries + forward_stages * forward_panel_elements);
+        const int panels = ceil_div(key_width, panel), slots = panels < query_slots ? panels : query_slots;
+        return slots * panel * queries * static_cast<int>(sizeof(T)) + forward_stages * forward_panel_bytes;
     }
 };
 
@@ -42,18 +43,19 @@ struct ForwardArguments {
     float* lse;
     bool vectors;    // rows of query, key and value may be copied 16 bytes at a time
     bool w_vectors;  // and those of w_out
-    bool out_pairs;  // out may be stored 4 bytes at a time
+    bool out_pairs;  // out may be stored in pairs of neighbours
     bool y_is_channels_last, writes_y;
     ProductResult y;  // with rows and columns in the order of y_is_channels_last
 };
 
 template <typename T, int width>
-__global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width>::blocks_per_sm)
+__global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T, width>::blocks_per_sm)
     attention_forward_kernel(SABMN_GRID_CONSTANT(ForwardArguments) arguments) {
-    constexpr int query_slots = ForwardPlan<width>::query_slots;
-    constexpr int queries = ForwardPlan<width>::queries, keys = forward_keys, panel = forward_panel;
-    constexpr int value_panels = width / panel;
-    constexpr int w_rows = 64, w_depth = width < 128 ? width : 128, w_panels = width / w_depth;
+    using Plan = ForwardPlan<T, width>;
+    constexpr int query_slots = Plan::query_slots, queries = Plan::queries, keys = forward_keys, panel = Plan::panel;
+    constexpr int value_panels = width / panel, panel_elements = panel * keys;
+    constexpr int w_rows = 64, max_depth = panel_elements / w_rows, w_depth = width < max_depth ? width : max_depth,
+                  w_panels = width / w_depth;
     SABMN_DYNAMIC_SHARED(T, shared);
 
     const int positions = arguments.positions, key_width = arguments.key_width, channels = arguments.channels;
@@ -87,13 +89,18 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
             const int rows = min(ceil_div(max(left, 0), 16) * 16, panel);
             const std::int64_t offset = static_cast<std::int64_t>(first) * positions;
             if (is_key && (tile == 0 || !keeps_queries)) {
-                const Panel<T> own = {query + offset + first_query, positions,        queries / 8, rows, left,
-                                      positions - first_query,      arguments.vectors};
+                const Panel<T> own = {query + offset + first_query,
+                                      positions,
+                                      queries / chunk_size<T>,
+                                      rows,
+                                      left,
+                                      positions - first_query,
+                                      arguments.vectors};
                 own.copy_to(query_slot(tile, p));
             }
             from = {(is_key ? key : value) + offset + tile * keys,
                     positions,
-                    keys / 8,
+                    keys / chunk_size<T>,
                     rows,
                     left,
                     positions - tile * keys,
@@ -102,13 +109,13 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
             const int p = step - attention_steps, channel = p / w_panels * w_rows, first = p % w_panels * w_depth;
             from = {w_out + static_cast<std::int64_t>(channel) * values + first,
                     values,
-                    w_depth / 8,
+                    w_depth / chunk_size<T>,
                     w_rows,
                     channels - channel,
                     values - first,
                     arguments.w_vectors};
         }
-        if (step < steps) from.copy_to(ring + step % forward_stages * forward_panel_elements);
+        if (step < steps) from.copy_to(ring + step % forward_stages * panel_elements);
         cp_async_commit();
     };
     int step = 0;
@@ -116,7 +123,7 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
         cp_async_wait<forward_stages - 2>();
         __syncthreads();
         fetch(step + forward_stages - 1);
-        return ring + step++ % forward_stages * forward_panel_elements;
+        return ring + step++ % forward_stages * panel_elements;
     };
     for (int first = 0; first < forward_stages - 1; ++first) fetch(first);
 
@@ -130,11 +137,11 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
             const int depth = min(key_width - p * panel, panel);
 #pragma unroll 1  // or the operands fetched ahead take too many registers
             for (int k = 0; k < depth; k += 16) {
-                Operand a, b;
-                load_operand<queries / 8, true>(a, query_panel, warp_query, k);
+                Operand<T> a, b;
+                load_operand<queries, true>(a, query_panel, warp_query, k);
 #pragma unroll
                 for (int j = 0; j < keys / 16; ++j) {
-                    load_operand<keys / 8, true>(b, key_panel, 16 * j, k);
+                    load_operand<keys, true>(b, key_panel, 16 * j, k);
                     multiply<T>(logits[j], a, b);
                 }
             }
@@ -150,7 +157,7 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
             }
         }
 
-        Operand powers[keys / 16];
+        Operand<T> powers[keys / 16];
         float correction[2];
 #pragma unroll
         for (int lower = 0; lower < 2; ++lower) {
@@ -176,11 +183,13 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
                     x = exp2_approx(fmaf(x, log2_e, -largest * log2_e));
                     y = exp2_approx(fmaf(y, log2_e, -largest * log2_e));
                     sum += x + y;
-                    powers[j][2 * half + lower] = pack<T>(x, y);
+                    set_pair<T>(powers[j], 2 * half + lower, x, y);
                 }
             }
             total[lower] = total[lower] * correction[lower] + sum;
         }
+#pragma unroll
+        for (int j = 0; j < keys / 16; ++j) prepare<T>(powers[j]);
         if (tile) {
 #pragma unroll
             for (int i = 0; i < width / 16; ++i) {
@@ -197,8 +206,8 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
 #pragma unroll
                 for (int i = 0; i < panel / 16; ++i) {
                     if (p * panel + 16 * i >= values) break;
-                    Operand b;
-                    load_operand<keys / 8, false>(b, value_panel, 16 * i, 16 * j);
+                    Operand<T> b;
+                    load_operand<keys, false>(b, value_panel, 16 * i, 16 * j);
                     multiply<T>(out[p * (panel / 16) + i], powers[j], b);
                 }
             }
@@ -206,7 +215,7 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
     }
 
     // out as an operand: rows are queries, the sum is over value channels.
-    Operand rounded[width / 16];
+    Operand<T> rounded[width / 16];
     float inverse[2];
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
@@ -230,10 +239,10 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
 #pragma unroll
     for (int i = 0; i < width / 16; ++i) {
         if (16 * i >= values) break;
-        Operand turned;
+        Pairs<T> turned;
         store_turned(out_data, values, positions, 16 * i, row, arguments.out_pairs, rounded[i], turned);
         if (!w_out && arguments.writes_y) {  // y = gamma out + x
-            Operand residual;
+            Pairs<T> residual;
             Block block;
             const int channel = first_value + 16 * i;
             const int y_row = arguments.y_is_channels_last ? row : channel,
@@ -244,19 +253,21 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
 #pragma unroll
                 for (int lower = 0; lower < 2; ++lower) {
                     // turned holds {channels 0-7 × queries 0-7, 0-7 × 8-15, 8-15 × 0-7, 8-15 × 8-15}
-                    const float2 pair = unpack<T>(arguments.y_is_channels_last ? rounded[i][2 * half + lower]
-                                                                               : turned[half + 2 * lower]);
-                    block[half][2 * lower] = pair.x, block[half][2 * lower + 1] = pair.y;
+                    const Pair<T> pair = arguments.y_is_channels_last ? pair_of<T>(rounded[i], 2 * half + lower)
+                                                                      : turned[half + 2 * lower];
+                    block[half][2 * lower] = left_of<T>(pair), block[half][2 * lower + 1] = right_of<T>(pair);
                 }
             }
             y.store(block, residual, y_row, y_column);
         }
     }
     if (!w_out) return;
+#pragma unroll
+    for (int i = 0; i < width / 16; ++i) prepare<T>(rounded[i]);
 
     for (int channel = 0; channel < channels; channel += w_rows) {
         Block products[w_rows / 16] = {};
-        Operand residual[w_rows / 16];
+        Pairs<T> residual[w_rows / 16];
 #pragma unroll
         for (int j = 0; j < w_rows / 16; ++j) {
             const int c = channel + 16 * j;
@@ -271,9 +282,9 @@ __global__ void __launch_bounds__(ForwardPlan<width>::threads, ForwardPlan<width
                 if (p * w_depth + 16 * i >= values) break;
 #pragma unroll
                 for (int j = 0; j < w_rows / 16; ++j) {
-                    Operand w;
-                    load_operand<w_depth / 8, false>(w, w_panel, 16 * j, 16 * i);
-                    const Operand& o = rounded[p * (w_depth / 16) + i];
+                    Operand<T> w;
+                    load_operand<w_depth, false>(w, w_panel, 16 * j, 16 * i);
+                    const Operand<T>& o = rounded[p * (w_depth / 16) + i];
                     if (arguments.y_is_channels_last) multiply<T>(products[j], o, w);
                     else multiply<T>(products[j], w, o);
                 }

@@ -9,6 +9,18 @@ SIMT_TEST(attention_forward_positions, bf16, f16) {
     }
 }
 
+// float32: slices of 64 (exact) and of 64 and 128 value channels.
+SIMT_TEST(attention_forward_float32, tf32, fp32) {
+    Problem<T>({1, 20, 7, 17, 17, true, true, any()}).check_forward();
+    Problem<T>({1, 8, 132, 8, 68, true, false, any()}).check_forward();
+}
+SIMT_TEST(attention_forward_float32_slices, tf32) {
+    Problem<T>({1, 136, 33, 40, 136, false, true, any()}).check_forward();
+}
+SIMT_TEST(attention_forward_float32_heavy, tf32, fp32) {
+    Problem<T>({1, 40, 264, 140, 200, true, true, any()}).check_forward();
+}
+
 SIMT_TEST(attention_forward_streams, bf16) {
     Problem<T>({1, 20, 129, 17, 40}).check_forward();
     Problem<T>({1, 32, 264, 32, 32, true, false, true}).check_forward();

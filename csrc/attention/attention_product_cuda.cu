@@ -17,5 +17,7 @@ cudaError_t launch_products(const Products& products, int count, int blocks, cud
 
 template cudaError_t launch_products<bf16>(const Products&, int, int, cudaStream_t);
 template cudaError_t launch_products<f16>(const Products&, int, int, cudaStream_t);
+template cudaError_t launch_products<tf32>(const Products&, int, int, cudaStream_t);
+template cudaError_t launch_products<fp32>(const Products&, int, int, cudaStream_t);
 
 }  // namespace sabmn

@@ -5,7 +5,7 @@
 // the sum (the gradient of the input, which is a sum over them). So nothing is concatenated in memory.
 //
 // A block of 8 warps owns 128 × 128 of the result, a warp 32 × 64 of them. The operands pass through shared memory in
-// slices of 32 elements of the sum; two slices are under way while one is multiplied.
+// slices of 64 bytes of the sum; two slices are under way while one is multiplied.
 #pragma once
 
 #include <type_traits>
@@ -15,17 +15,21 @@
 namespace sabmn {
 namespace {
 
-constexpr int product_depth = 32, product_stages = 3, product_threads = 256;
-constexpr int product_blocks_per_sm = 2;
-constexpr int product_slice = product_side * product_depth;  // elements of one operand
-constexpr int product_shared_bytes = product_stages * 2 * product_slice * 2;
+constexpr int product_stages = 3, product_threads = 256;
+template <typename T>
+constexpr int product_blocks_per_sm = sizeof(T) == 2 ? 2 : 1;  // as registers allow
+template <typename T>
+constexpr int product_depth = 64 / sizeof(T);  // elements of the sum in a slice
+template <typename T>
+constexpr int product_slice = product_side * product_depth<T>;  // elements of one operand
+constexpr int product_shared_bytes = product_stages * 2 * product_side * 64;
 
 // Walks over the slices of the sum, images outermost.
 struct ProductSlice {
     int image, part = 0, k = 0;
 
-    __device__ void advance(const int (&depths)[max_parts]) {
-        k += product_depth;
+    __device__ void advance(int depth, const int (&depths)[max_parts]) {
+        k += depth;
         while (k >= depths[part]) {
             k = 0;
             if (++part == max_parts) part = 0, ++image;
@@ -37,9 +41,10 @@ struct ProductSlice {
 // ProductOperand::along_sum.
 template <typename T, bool along>
 struct SliceCopier {
-    static constexpr int chunks = (along ? product_depth : product_side) / 8, rows_apart = product_threads / chunks,
-                         share = 2;
-    static_assert(share * product_threads * 8 == product_slice && rows_apart % 8 == 0, "the threads share a slice");
+    static constexpr int size = chunk_size<T>, chunks = (along ? product_depth<T> : product_side) / size,
+                         rows_apart = product_threads / chunks, share = 2;
+    static_assert(share * product_threads * size == product_slice<T> && rows_apart % 8 == 0,
+                  "the threads share a slice");
 
     const ProductOperand& operand;
     const int tile_row, chunk, place;  // of the first of them
@@ -51,17 +56,17 @@ struct SliceCopier {
         : operand(operand),
           tile_row(threadIdx.x / chunks),
           chunk(threadIdx.x % chunks),
-          place(chunk_place(chunks, tile_row, chunk)),
+          place(chunk_place<T>(chunks, tile_row, chunk)),
           first(first),
           rows(rows),
-          step(product_depth * operand.sum_stride) {}
+          step(product_depth<T> * operand.sum_stride) {}
 
     // Before the first slice of a part of the sum.
     __device__ void begin(const ProductSlice& slice, const int (&row_ends)[max_parts], bool stacked) {
 #pragma unroll
         for (int i = 0; i < share; ++i) {
-            const int in_tile = tile_row + i * rows_apart, k = along ? 8 * chunk : in_tile;
-            int row = first + (along ? in_tile : 8 * chunk), part = slice.part;
+            const int in_tile = tile_row + i * rows_apart, k = along ? size * chunk : in_tile;
+            int row = first + (along ? in_tile : size * chunk), part = slice.part;
             if (stacked) {
                 part = (row >= row_ends[0]) + (row >= row_ends[1]);
                 if (part) row -= row_ends[part - 1];
@@ -76,9 +81,9 @@ struct SliceCopier {
 #pragma unroll
         for (int i = 0; i < share; ++i) {
             const int in_tile = tile_row + i * rows_apart;
-            const int size = along ? (first + in_tile < rows ? left - 8 * chunk : 0)
-                                   : (in_tile < left ? rows - first - 8 * chunk : 0);
-            copy_chunk(tile + place + i * product_threads * 8, from[i], size,
+            const int filled = along ? (first + in_tile < rows ? left - size * chunk : 0)
+                                     : (in_tile < left ? rows - first - size * chunk : 0);
+            copy_chunk(tile + place + i * product_threads * size, from[i], filled,
                        along ? operand.sum_stride : operand.row_stride, operand.vectors);
             from[i] += step;
         }
@@ -89,11 +94,12 @@ struct SliceCopier {
 template <typename T, bool a_along, bool b_along>
 __device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shared, int first_row, int first_column,
                             int warp_row, int warp_column) {
+    constexpr int depth = product_depth<T>, size = product_slice<T>;
     const int rows = product.row_ends[max_parts - 1], columns = product.columns, no_parts[max_parts] = {};
     ProductSlice next = {static_cast<int>(blockIdx.z) * product.images_per_block};
     const int images = min(product.images_per_block, product.batch - next.image);
     int slices = 0;
-    for (const int depth : product.depths) slices += ceil_div(depth, product_depth);
+    for (const int part : product.depths) slices += ceil_div(part, depth);
     slices *= images;
 
     SliceCopier<T, a_along> a(product.a, first_row, rows);
@@ -105,11 +111,11 @@ __device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shar
                 a.begin(next, product.row_ends, product.stacked);
                 b.begin(next, no_parts, false);
             }
-            T* const tile = shared + filling * 2 * product_slice;
+            T* const tile = shared + filling * 2 * size;
             const int left = product.depths[next.part] - next.k;
             a.copy(tile, left);
-            b.copy(tile + product_slice, left);
-            next.advance(product.depths);
+            b.copy(tile + size, left);
+            next.advance(depth, product.depths);
             ++fetched;
             filling = filling + 1 == product_stages ? 0 : filling + 1;
         }
@@ -124,22 +130,20 @@ __device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shar
         cp_async_wait<product_stages - 2>();
         __syncthreads();
         fetch();
-        const T* const tile = shared + stage * 2 * product_slice;
+        const T* const tile = shared + stage * 2 * size;
         stage = stage + 1 == product_stages ? 0 : stage + 1;
         if (column_blocks <= 0) continue;
 #pragma unroll
-        for (int k = 0; k < product_depth; k += 16) {
-            Operand left[2], right;
+        for (int k = 0; k < depth; k += 16) {
+            Operand<T> left[2], right;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                load_operand<(a_along ? product_depth : product_side) / 8, !a_along>(left[i], tile, warp_row + 16 * i,
-                                                                                     k);
+                load_operand<a_along ? depth : product_side, !a_along>(left[i], tile, warp_row + 16 * i, k);
             }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (j >= column_blocks) break;
-                load_operand<(b_along ? product_depth : product_side) / 8, !b_along>(right, tile + product_slice,
-                                                                                     warp_column + 16 * j, k);
+                load_operand<b_along ? depth : product_side, !b_along>(right, tile + size, warp_column + 16 * j, k);
                 multiply<T>(sums[0][j], left[0], right);
                 multiply<T>(sums[1][j], left[1], right);
             }
@@ -148,7 +152,7 @@ __device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shar
 }
 
 template <typename T>
-__global__ void __launch_bounds__(product_threads, product_blocks_per_sm)
+__global__ void __launch_bounds__(product_threads, product_blocks_per_sm<T>)
     attention_product_kernel(SABMN_GRID_CONSTANT(Products) products) {
     SABMN_DYNAMIC_SHARED(T, shared);
     const bool second = blockIdx.y >= static_cast<unsigned>(products.first_blocks);
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(product_threads, product_blocks_per_sm)
             const BlockResult<T> result{product.results[part], blockIdx.z, end - begin, columns};
 #pragma unroll
             for (int j = 0; j < 4; j += 2) {  // more residuals at once would take too many registers
-                Operand residual[2];
+                Pairs<T> residual[2];
                 const int column = first_column + warp_column + 16 * j;
                 result.load_residual(residual[0], row - begin, column);
                 result.load_residual(residual[1], row - begin, column + 16);

@@ -9,12 +9,28 @@
 
 namespace sabmn {
 
+// Two ways to multiply float32: on the tensor cores, which take TF32, or exactly, by ordinary multiply-adds. The bits
+// are those of the float.
+struct tf32 {
+    std::uint32_t bits;
+    tf32() = default;
+    __device__ explicit tf32(float x) : bits(__float_as_uint(x)) {}
+    __device__ operator float() const { return __uint_as_float(bits); }
+};
+
+struct fp32 {
+    std::uint32_t bits;
+    fp32() = default;
+    __device__ explicit fp32(float x) : bits(__float_as_uint(x)) {}
+    __device__ operator float() const { return __uint_as_float(bits); }
+};
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // ---- what a launch is told ----
 
 // out[row, column] = scale (value + bias) + residual; what is null is left out. `pairs`: two neighbours of a row lie
-// side by side and begin at a multiple of 4 bytes, here and in the residual.
+// side by side and begin at a multiple of their size, here and in the residual.
 struct ProductResult {
     void* data;
     std::int64_t batch_stride, row_stride, column_stride;
@@ -53,7 +69,8 @@ struct Products {
     int first_blocks;
 };
 
-// The products' blocks in z: images, or groups of them where the sum goes over images. T is bf16 or f16.
+// The products' blocks in z: images, or groups of them where the sum goes over images. T is bf16, f16, tf32
+// or fp32.
 template <typename T>
 cudaError_t launch_products(const Products& products, int count, int blocks, cudaStream_t stream);
 
@@ -72,32 +89,46 @@ inline bool aligned(int64_t bytes, const void* pointer) {
 
 inline bool channels_last(const AttentionMap& map) { return map.channel_stride == 1 && map.position_stride != 1; }
 
+// 16 bytes can be copied, or two neighbours stored, at a time.
+template <typename T, typename... Sizes>
+bool takes_vectors(const void* data, Sizes... sizes) {
+    return aligned(16, data) && multiples_of(16 / sizeof(T), sizes...);
+}
+
+template <typename T, typename... Sizes>
+bool takes_pairs(const void* data, Sizes... sizes) {
+    return aligned(2 * sizeof(T), data) && multiples_of(2, sizes...);
+}
+
 // Of `parts` a [rows, sum] matrix with these strides; images are batch_strides apart.
-inline void add_part(ProductOperand& operand, int part, const void* data, int64_t batch_stride, int64_t row_stride,
-                     int64_t sum_stride) {
+template <typename T>
+void add_part(ProductOperand& operand, int part, const void* data, int64_t batch_stride, int64_t row_stride,
+              int64_t sum_stride) {
     operand.parts[part] = data;
     operand.batch_strides[part] = batch_stride;
     operand.row_stride = row_stride, operand.sum_stride = sum_stride;
     operand.along_sum = sum_stride == 1;
     const bool side_by_side = operand.along_sum || row_stride == 1;
     const bool vectors =
-        side_by_side && aligned(16, data) && multiples_of(8, batch_stride, operand.along_sum ? row_stride : sum_stride);
+        side_by_side && takes_vectors<T>(data, batch_stride, operand.along_sum ? row_stride : sum_stride);
     operand.vectors = vectors && (part == 0 || operand.vectors);
 }
 
 // One that has columns from an [B, rows, N] tensor.
-inline ProductResult plain_result(void* data, int64_t rows, int64_t columns, const void* bias) {
+template <typename T>
+ProductResult plain_result(void* data, int64_t rows, int64_t columns, const void* bias) {
     ProductResult result{};
     result.data = data;
     result.batch_stride = rows * columns, result.row_stride = columns, result.column_stride = 1;
     result.bias = bias, result.bias_of_rows = true;
-    result.pairs = multiples_of(2, columns) && aligned(4, data);
+    result.pairs = takes_pairs<T>(data, columns);
     return result;
 }
 
 // y = scale (· + bias) + residual, transposed where y is channels_last.
-inline ProductResult map_result(const AttentionMap& y, const AttentionMap& residual, int64_t channels,
-                                int64_t positions, const void* bias, const float* scale) {
+template <typename T>
+ProductResult map_result(const AttentionMap& y, const AttentionMap& residual, int64_t channels,
+                         int64_t positions, const void* bias, const float* scale) {
     const bool last = channels_last(y);
     ProductResult result{};
     result.data = y.data, result.residual = residual.data;
@@ -107,10 +138,9 @@ inline ProductResult map_result(const AttentionMap& y, const AttentionMap& resid
     result.residual_row_stride = last ? residual.position_stride : residual.channel_stride;
     result.residual_column_stride = last ? residual.channel_stride : residual.position_stride;
     result.bias = bias, result.bias_of_rows = !last, result.scale = scale;
-    result.pairs = result.column_stride == 1 && result.residual_column_stride == 1 && aligned(4, y.data) &&
-                   aligned(4, residual.data) &&
-                   multiples_of(2, y.batch_stride, result.row_stride, residual.batch_stride, result.residual_row_stride,
-                                last ? channels : positions);
+    result.pairs = result.column_stride == 1 && result.residual_column_stride == 1 &&
+                   takes_pairs<T>(y.data, y.batch_stride, result.row_stride, last ? channels : positions) &&
+                   takes_pairs<T>(residual.data, residual.batch_stride, result.residual_row_stride);
     return result;
 }
 
@@ -129,6 +159,19 @@ inline bool supported_size(const AttentionCuda& in) {
     constexpr int64_t max_side = 1 << 24, max_batch = 65535;
     return std::max({in.channels, in.positions, in.key_width, in.value_width}) <= max_side && in.batch <= max_batch &&
            in.batch * in.positions <= INT64_C(16) * INT32_MAX;
+}
+
+// The status of work(T()) for the elements T that `in` is to be multiplied as.
+template <typename Work>
+int run_for_elements(const AttentionCuda& in, const Work& work) {
+    if (in.dtype == DType::float64) return unsupported_dtype;
+    if (!supported_size(in)) return unsupported_size;
+    if (in.batch == 0 || in.positions == 0) return ok;
+    const cudaError_t status = in.dtype == DType::bfloat16  ? work(bf16())
+                               : in.dtype == DType::float16 ? work(f16())
+                               : in.tf32                    ? work(tf32())
+                                                            : work(fp32());
+    return status == cudaSuccess ? ok : cuda_error + static_cast<int>(status);
 }
 
 inline void set_rows(Product& product, int first, int second = 0, int third = 0) {

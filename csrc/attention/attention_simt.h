@@ -3,7 +3,7 @@
 
 #include <numeric>
 
-#include "attention/attention_cuda.h"
+#include "attention/attention_products.h"
 #include "simt/test.h"
 
 namespace {
@@ -36,8 +36,13 @@ constexpr DType dtype = std::is_same_v<T, bf16>  ? DType::bfloat16
                         : std::is_same_v<T, f16> ? DType::float16
                                                  : DType::float32;
 
+template <typename T>
+double epsilon() {
+    return sizeof(T) == 2 ? simt::epsilon<T>() : simt::epsilon<float>();
+}
+
 // What S makes of the formulas in attention_cuda.h. In float, every tensor that plain torch would store is rounded to
-// T.
+// T, and what a product takes to TF32 where T is that.
 template <typename T, typename S>
 class Definition {
   public:
@@ -91,9 +96,19 @@ class Definition {
         else return static_cast<T>(value);
     }
 
+    static S taken(S value) {
+        if constexpr (std::is_same_v<S, float> && std::is_same_v<T, tf32>) return __uint_as_float(tf32_bits(value));
+        else return value;
+    }
+    static Values taken(Values values) {
+        for (S& value : values) value = taken(value);
+        return values;
+    }
+
     // [B, rows, N] of a weight [rows, columns] and [B, columns, N]
-    Values project(const Values& w, const Values& in, const Values& bias, int64_t rows, int64_t columns) const {
+    Values project(const Values& weight, const Values& x, const Values& bias, int64_t rows, int64_t columns) const {
         const int64_t size = shape.positions;
+        const Values w = taken(weight), in = taken(x);
         Values result(shape.batch * rows * size), sums(size);
         for (int64_t b = 0; b < shape.batch; ++b) {
             for (int64_t r = 0; r < rows; ++r) {
@@ -122,8 +137,9 @@ class Definition {
     }
 
     // scale · Σ over images and positions of left [B, rows, N] times right [B, columns, N]
-    Values weight_gradient(const Values& left, const Values& right, int64_t rows, int64_t columns, S scale) const {
+    Values weight_gradient(const Values& grad, const Values& in, int64_t rows, int64_t columns, S scale) const {
         const int64_t size = shape.positions;
+        const Values left = taken(grad), right = taken(in);
         Values result(rows * columns);
         for (int64_t b = 0; b < shape.batch; ++b) {
             for (int64_t r = 0; r < rows; ++r) {
@@ -140,6 +156,8 @@ class Definition {
 
     void map_gradients() {
         const int64_t size = shape.positions;
+        const Values query = taken(this->query), key = taken(this->key), value = taken(this->value),
+                     context = taken(this->context);
         grad_query.resize(query.size()), grad_key.resize(key.size()), grad_value.resize(value.size());
         Values powers(size), slopes(size);
         for (int64_t b = 0; b < shape.batch; ++b) {
@@ -158,9 +176,9 @@ class Definition {
                 for (int64_t i = 0; i < size; ++i) mean += powers[i] * slopes[i];
                 for (int64_t c = 0; c < shape.value_width; ++c) {
                     const int64_t to = row(shape.value_width, c);
-                    for (int64_t i = 0; i < size; ++i) grad_value[to + i] += gamma * powers[i] * context[to + j];
+                    for (int64_t i = 0; i < size; ++i) grad_value[to + i] += gamma * taken(powers[i]) * context[to + j];
                 }
-                for (int64_t i = 0; i < size; ++i) slopes[i] = gamma * powers[i] * (slopes[i] - mean);
+                for (int64_t i = 0; i < size; ++i) slopes[i] = taken(gamma * powers[i] * (slopes[i] - mean));
                 for (int64_t c = 0; c < shape.key_width; ++c) {
                     const int64_t at = row(shape.key_width, c);
                     grad_query[at + j] = rounded(std::inner_product(slopes.begin(), slopes.end(), &key[at], S(0)));
@@ -174,6 +192,7 @@ class Definition {
 
     void attend() {
         const int64_t size = shape.positions;
+        const Values value = taken(this->value);
         out.resize(value.size());
         Values powers(size);
         for (int64_t b = 0; b < shape.batch; ++b) {
@@ -185,7 +204,7 @@ class Definition {
                 for (int64_t c = 0; c < shape.value_width; ++c) {
                     const S* const v = &value[(b * shape.value_width + c) * size];
                     S sum = 0;
-                    for (int64_t i = 0; i < size; ++i) sum += powers[i] * v[i];
+                    for (int64_t i = 0; i < size; ++i) sum += taken(powers[i]) * v[i];
                     out[(b * shape.value_width + c) * size + j] = rounded(sum / total);
                 }
             }
@@ -197,7 +216,7 @@ class Definition {
         std::fill(logits.begin(), logits.end(), S(0));
         for (int64_t c = 0; c < shape.key_width; ++c) {
             const int64_t row = (b * shape.key_width + c) * size;
-            for (int64_t i = 0; i < size; ++i) logits[i] += query[row + j] * key[row + i];
+            for (int64_t i = 0; i < size; ++i) logits[i] += taken(query[row + j]) * taken(key[row + i]);
         }
     }
 };
@@ -239,10 +258,28 @@ struct Problem {
     }
 
     AttentionCuda arguments() const {
-        return {dtype<T>,       shape.batch,    shape.channels, shape.positions, shape.key_width, shape.value_width,
-                map(x),         w_query.data(), w_key.data(),   w_value.data(),  given(w_out),    gamma.data(),
-                given(b_query), given(b_key),   given(b_value), given(b_out),    query.data(),    key.data(),
-                value.data(),   out.data(),     lse.data()};
+        return {dtype<T>,
+                std::is_same_v<T, tf32>,
+                shape.batch,
+                shape.channels,
+                shape.positions,
+                shape.key_width,
+                shape.value_width,
+                map(x),
+                w_query.data(),
+                w_key.data(),
+                w_value.data(),
+                given(w_out),
+                gamma.data(),
+                given(b_query),
+                given(b_key),
+                given(b_value),
+                given(b_out),
+                query.data(),
+                key.data(),
+                value.data(),
+                out.data(),
+                lse.data()};
     }
 
     void forward() const {
@@ -252,7 +289,7 @@ struct Problem {
     template <typename Ours, typename Plain>
     void compare(const char* name, const Ours& ours, const Plain& plain, const std::vector<double>& reference) const {
         simt::compare_by_rule(std::string(name) + " of " + shape.text(), std::vector<double>(ours.begin(), ours.end()),
-                              std::vector<double>(plain.begin(), plain.end()), reference, simt::epsilon<T>(), false);
+                              std::vector<double>(plain.begin(), plain.end()), reference, epsilon<T>(), false);
     }
 
     // A feature map in the order [B, C, N].

@@ -1,15 +1,18 @@
-// What the attention's CUDA kernels share: tiles of 16-bit elements in shared memory, their way there, and the tensor
-// cores' operands.
+// What the attention's CUDA kernels share: tiles in shared memory, their way there, and the operands of products. An
+// element T is bf16, f16, tf32 or fp32; kernels are written once for all four.
 //
 // All products are made of blocks d[r, s] += Σ_k a[r, k] b[s, k], 16 × 16 × 16. An operand block holds 16 rows of one
-// side and 16 elements of the sum; it is the same four registers whether it stands left or right, and a result block
+// side and 16 elements of the sum; it is the same registers whether it stands left or right, and a result block
 // d[r, s], rounded, is an operand block with rows r and sum s. In a lane, with g = lane / 4 and t = lane % 4, a result
 // block is
 //   {{d[g][2t], d[g][2t+1], d[g+8][2t], d[g+8][2t+1]}, {the same of d[·][8 + ·]}}.
+// An operand of 16-bit elements is what mma_m16n8k16 takes. One of 32-bit elements is two of mma_m16n8k8_tf32, which
+// has t and t + 4 of the sum where a result has 2t and 2t + 1; since the order of a sum is free, so are these names.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/attention_products.h"
 #include "common/cuda.h"
@@ -20,35 +23,43 @@ namespace {
 constexpr int warp_size = 32;
 constexpr float log2_e = 1.44269504f, minus_infinity = -INFINITY;
 
-// ---- tiles: rows of 8·chunks elements ----
+// ---- tiles: rows of 4 to 32 chunks of 16 bytes ----
 
-// Where the tile has a chunk, 16 bytes, of a row; chunks is 4, 8 or 16. A row's chunks are permuted so that the same
-// chunk of eight rows, which ldmatrix reads at once, lies in different banks.
+template <typename T>
+constexpr int chunk_size = 16 / sizeof(T);
+
+// Where the tile has a chunk of a row. A row's chunks are permuted so that what a warp reads at once lies in different
+// banks: the same chunk of eight rows (ldmatrix); of 32-bit elements two neighbouring chunks of four rows, or of every
+// second row of eight.
+template <typename T>
 __device__ inline int chunk_place(int chunks, int row, int chunk) {
-    return (row * chunks + (chunk ^ (chunks == 4 ? row >> 1 & 3 : row & 7))) * 8;
+    int turn;
+    if constexpr (sizeof(T) == 2) turn = chunks == 4 ? row >> 1 & 3 : row & 7;
+    else turn = chunks == 4 ? row & 2 : (row << 1 & 4) | ((row << 1 ^ row >> 1) & 2) | (row & 1);
+    return (row * chunks + (chunk ^ turn)) * chunk_size<T>;
 }
 
-// Begins to fill a chunk with `size` elements (at most 8, or none) and then zeros. Neighbours are `stride` elements
-// apart; with `vectors` they lie side by side from a multiple of 16 bytes on. What cannot be copied asynchronously is
-// stored.
+// Begins to fill a chunk with `size` elements (at most a chunk's, or none) and then zeros. Neighbours are `stride`
+// elements apart; with `vectors` they lie side by side from a multiple of 16 bytes on. What cannot be copied
+// asynchronously is stored.
 template <typename T>
 __device__ inline void copy_chunk(T* to, const T* from, int size, std::int64_t stride, bool vectors) {
     if (vectors) {
-        cp_async_16(to, from, min(max(size, 0), 8) * static_cast<int>(sizeof(T)));
-    } else {
-        std::uint32_t pairs[4];
-#pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-            const std::uint32_t low = e < size ? from[e * stride].bits : 0,
-                                high = e + 1 < size ? from[(e + 1) * stride].bits : 0;
-            pairs[e / 2] = low | high << 16;
-        }
-        *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        cp_async_16(to, from, min(max(size, 0), chunk_size<T>) * static_cast<int>(sizeof(T)));
+        return;
     }
+    const auto element = [&](int e) -> std::uint32_t { return e < size ? from[e * stride].bits : 0; };
+    std::uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) words[i] = element(2 * i) | element(2 * i + 1) << 16;
+        else words[i] = element(i);
+    }
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Part of a matrix for a tile of `rows` rows and 8 or 16 chunks: `filled` rows are there, `stride` apart, with `size`
-// elements each.
+// Part of a matrix for a tile of `rows` rows and 8, 16 or 32 chunks: `filled` rows are there, `stride` apart, with
+// `size` elements each.
 template <typename T>
 struct Panel {
     const T* data;
@@ -56,80 +67,198 @@ struct Panel {
     bool vectors;
 
     __device__ void copy_to(T* tile) const {
-        const int shift = chunks == 8 ? 3 : 4;
+        const int shift = chunks == 8 ? 3 : chunks == 16 ? 4 : 5;
 #pragma unroll 1
         for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
-            const int row = i >> shift, chunk = i & (chunks - 1);
-            copy_chunk(tile + chunk_place(chunks, row, chunk),
-                       data + static_cast<std::int64_t>(row) * stride + 8 * chunk, row < filled ? size - 8 * chunk : 0,
-                       1, vectors);
+            const int row = i >> shift, chunk = i & (chunks - 1), first = chunk * chunk_size<T>;
+            const T* const from = data + static_cast<std::int64_t>(row) * stride + first;
+            copy_chunk(tile + chunk_place<T>(chunks, row, chunk), from, row < filled ? size - first : 0, 1, vectors);
         }
     }
 };
 
 // ---- operands ----
 
-using Operand = std::uint32_t[4];
+template <typename T>
+using Operand = std::uint32_t[2 * sizeof(T)];
 using Block = float[2][4];
 
-// Rows `row` … of one side and elements `k` … of the sum, multiples of 16. The tile's rows are the side's, or
-// (`across`) the sum's. What depends on the lane is computed once: the chunk, a multiple of 2, only changes bits that a
-// lane's own place has to itself.
-template <int chunks, bool across, typename T>
-__device__ inline void load_operand(Operand& operand, const T* tile, int row, int k) {
-    const int lane = threadIdx.x % warp_size;
-    if constexpr (across) {
-        const int own = chunk_place(chunks, lane / 16 * 8 + lane % 8, lane / 8 % 2);
-        ldmatrix_x4_trans(operand, tile + k * chunks * 8 + (own ^ row));
+// Two neighbours of a row; a lane holds 4 such pairs of a block, index 2·half + lower: rows g + 8·lower, columns 2t and
+// 2t + 1 from 8·half on.
+template <typename T>
+using Pair = std::conditional_t<sizeof(T) == 2, std::uint32_t, uint2>;
+template <typename T>
+using Pairs = Pair<T>[4];
+
+template <typename T>
+__device__ inline Pair<T> join(float x, float y) {
+    if constexpr (sizeof(T) == 2) return pack<T>(x, y);
+    else return make_uint2(__float_as_uint(x), __float_as_uint(y));
+}
+
+template <typename T>
+__device__ inline Pair<T> join(T x, T y) {
+    if constexpr (sizeof(T) == 2) return x.bits | static_cast<std::uint32_t>(y.bits) << 16;
+    else return make_uint2(x.bits, y.bits);
+}
+
+template <typename T>
+__device__ inline T left_of(const Pair<T>& pair) {
+    T x;
+    if constexpr (sizeof(T) == 2) x.bits = static_cast<std::uint16_t>(pair);
+    else x.bits = pair.x;
+    return x;
+}
+
+template <typename T>
+__device__ inline T right_of(const Pair<T>& pair) {
+    T x;
+    if constexpr (sizeof(T) == 2) x.bits = static_cast<std::uint16_t>(pair >> 16);
+    else x.bits = pair.y;
+    return x;
+}
+
+template <typename T>
+__device__ inline Pair<T> pair_of(const Operand<T>& operand, int i) {
+    if constexpr (sizeof(T) == 2) return operand[i];
+    else return make_uint2(operand[i / 2 * 4 + i % 2], operand[i / 2 * 4 + 2 + i % 2]);
+}
+
+template <typename T>
+__device__ inline void set_pair(Operand<T>& operand, int i, float x, float y) {
+    if constexpr (sizeof(T) == 2) {
+        operand[i] = pack<T>(x, y);
     } else {
-        const int own = chunk_place(chunks, lane % 16, lane / 16);
-        ldmatrix_x4(operand, tile + row * chunks * 8 + (own ^ k));
+        operand[i / 2 * 4 + i % 2] = __float_as_uint(x);
+        operand[i / 2 * 4 + 2 + i % 2] = __float_as_uint(y);
+    }
+}
+
+// Of what did not come from load_operand: rounded to what the tensor cores multiply.
+template <typename T>
+__device__ inline void prepare(Operand<T>& operand) {
+    if constexpr (std::is_same_v<T, tf32>) {
+#pragma unroll
+        for (std::uint32_t& bits : operand) bits = tf32_bits(__uint_as_float(bits));
+    }
+}
+
+// Rows `row` … of one side and elements `k` … of the sum, multiples of 16, from a tile with rows of `length` elements.
+// These are the side's rows, or (`across`) the sum's. What depends on the lane is computed once: the chunk, a multiple
+// of 2, only changes bits that a lane's own place has to itself.
+template <int length, bool across, typename T>
+__device__ inline void load_operand(Operand<T>& operand, const T* tile, int row, int k) {
+    constexpr int chunks = length / chunk_size<T>;
+    const int lane = threadIdx.x % warp_size;
+    if constexpr (sizeof(T) == 2 && across) {
+        const int own = chunk_place<T>(chunks, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+        ldmatrix_x4_trans(operand, tile + k * length + (own ^ row));
+    } else if constexpr (sizeof(T) == 2) {
+        const int own = chunk_place<T>(chunks, lane % 16, lane / 16);
+        ldmatrix_x4(operand, tile + row * length + (own ^ k));
+    } else {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {  // of the pair
+            const int own = across ? chunk_place<T>(chunks, lane % 4 * 2 + e, lane / 16) + lane / 4 % 4
+                                   : chunk_place<T>(chunks, lane / 4, lane % 4 / 2) + lane % 2 * 2;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int half = i / 2 * 8, lower = i % 2 * 8;
+                if constexpr (across) {
+                    operand[i / 2 * 4 + 2 * e + i % 2] = tile[(k + half) * length + (own ^ (row + lower))].bits;
+                } else if (e == 0) {
+                    const T* const from = tile + (row + lower) * length + (own ^ (k + half));
+                    const uint2 both = *reinterpret_cast<const uint2*>(from);
+                    operand[i / 2 * 4 + i % 2] = both.x, operand[i / 2 * 4 + 2 + i % 2] = both.y;
+                }
+            }
+        }
+        prepare<T>(operand);
+    }
+}
+
+// Exact: every lane multiplies for its own elements of d what it has other lanes send it.
+__device__ inline void multiply_exactly(Block& d, const Operand<fp32>& a, const Operand<fp32>& b) {
+    const int lane = threadIdx.x % warp_size;
+#pragma unroll 1
+    for (int owner = 0; owner < 4; ++owner) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            const float upper = shuffle(__uint_as_float(a[i]), lane / 4 * 4 + owner);
+            const float lower = shuffle(__uint_as_float(a[i + 1]), lane / 4 * 4 + owner);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const float right = shuffle(__uint_as_float(b[i + half]), lane % 4 * 8 + 4 * c + owner);
+                    d[half][c] = fmaf(upper, right, d[half][c]);
+                    d[half][2 + c] = fmaf(lower, right, d[half][2 + c]);
+                }
+            }
+        }
     }
 }
 
 template <typename T>
-__device__ inline void multiply(Block& d, const Operand& a, const Operand& b) {
-    mma_m16n8k16<T>(d[0], a, {b[0], b[2]});
-    mma_m16n8k16<T>(d[1], a, {b[1], b[3]});
+__device__ inline void multiply(Block& d, const Operand<T>& a, const Operand<T>& b) {
+    if constexpr (sizeof(T) == 2) {
+        mma_m16n8k16<T>(d[0], a, {b[0], b[2]});
+        mma_m16n8k16<T>(d[1], a, {b[1], b[3]});
+    } else if constexpr (std::is_same_v<T, tf32>) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            mma_m16n8k8_tf32(d[0], {a[i], a[i + 1], a[i + 2], a[i + 3]}, {b[i], b[i + 2]});
+            mma_m16n8k8_tf32(d[1], {a[i], a[i + 1], a[i + 2], a[i + 3]}, {b[i + 1], b[i + 3]});
+        }
+    } else {
+        multiply_exactly(d, a, b);
+    }
 }
 
 // d's lower rows times low, its upper rows times high.
 template <typename T>
-__device__ inline void round_block(Operand& operand, const Block& d, float low, float high) {
-    operand[0] = pack<T>(d[0][0] * low, d[0][1] * low);
-    operand[1] = pack<T>(d[0][2] * high, d[0][3] * high);
-    operand[2] = pack<T>(d[1][0] * low, d[1][1] * low);
-    operand[3] = pack<T>(d[1][2] * high, d[1][3] * high);
-}
-
-template <typename T>
-__device__ inline float2 unpack(std::uint32_t both) {
-    T low, high;
-    low.bits = static_cast<std::uint16_t>(both);
-    high.bits = static_cast<std::uint16_t>(both >> 16);
-    return make_float2(low, high);
+__device__ inline void round_block(Operand<T>& operand, const Block& d, float low, float high) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float scale = i % 2 ? high : low;
+        set_pair<T>(operand, i, d[i / 2][i % 2 * 2] * scale, d[i / 2][i % 2 * 2 + 1] * scale);
+    }
 }
 
 // ---- results ----
 
+// An 8 × 8 block, of which a lane holds the pair of row g and columns 2t and 2t + 1, with rows and columns exchanged.
+template <typename T>
+__device__ inline Pair<T> exchange(const Pair<T>& pair) {
+    if constexpr (sizeof(T) == 2) {
+        return transpose_8x8(pair);
+    } else {
+        const int lane = threadIdx.x % warp_size, from = lane % 4 * 8 + lane / 8;
+        const bool right = lane / 4 % 2;
+        const uint2 first = {shuffle(pair.x, from), shuffle(pair.y, from)};
+        const uint2 second = {shuffle(pair.x, from + 4), shuffle(pair.y, from + 4)};
+        return make_uint2(right ? first.y : first.x, right ? second.y : second.x);
+    }
+}
+
 // A block of a tensor [channels, positions] that a warp holds as an operand: its rows are the positions from `position`
-// on, its sum the channels from `channel` on. `turned` becomes the same with rows and sum exchanged. `pairs`: two
-// neighbours begin at a multiple of 4 bytes.
+// on, its sum the channels from `channel` on. `turned` becomes its pairs with rows and sum exchanged, channels first.
+// `pairs`: two neighbours begin at a multiple of their size.
 template <typename T>
 __device__ inline void store_turned(T* data, int channels, int positions, int channel, int position, bool pairs,
-                                    const Operand& operand, Operand& turned) {
+                                    const Operand<T>& operand, Pairs<T>& turned) {
     const int lane = threadIdx.x % warp_size;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-        turned[e] = transpose_8x8(operand[e]);
+        turned[e] = exchange<T>(pair_of<T>(operand, e));
         const int c = channel + e / 2 * 8 + lane / 4, n = position + e % 2 * 8 + lane % 4 * 2;
         if (c >= channels || n >= positions) continue;
         T* const to = data + static_cast<std::int64_t>(c) * positions + n;
         if (pairs) {
-            *reinterpret_cast<std::uint32_t*>(to) = turned[e];
+            *reinterpret_cast<Pair<T>*>(to) = turned[e];
         } else {
-            to[0].bits = static_cast<std::uint16_t>(turned[e]);
-            if (n + 1 < positions) to[1].bits = static_cast<std::uint16_t>(turned[e] >> 16);
+            to[0] = left_of<T>(turned[e]);
+            if (n + 1 < positions) to[1] = right_of<T>(turned[e]);
         }
     }
 }
@@ -156,25 +285,22 @@ struct BlockResult {
     }
 
     // The residual is fetched early: many loads are to be under way at once.
-    __device__ void load_residual(Operand& kept, int row, int column) const {
+    __device__ void load_residual(Pairs<T>& kept, int row, int column) const {
         if (!result.residual) return;
         const T* const from = static_cast<const T*>(result.residual) + image * result.residual_batch_stride;
         for_pairs(row, column, [&](int r, int c, int half, int lower) {
             const T* const start = from + r * result.residual_row_stride;
-            std::uint32_t& both = kept[2 * half + lower];
+            Pair<T>& both = kept[2 * half + lower];
             if (result.pairs) {
-                both = *reinterpret_cast<const std::uint32_t*>(start + c);
+                both = *reinterpret_cast<const Pair<T>*>(start + c);
             } else {
                 const T* const at = start + c * result.residual_column_stride;
-                both = at->bits;
-                if (c + 1 < columns) {
-                    both |= static_cast<std::uint32_t>(at[result.residual_column_stride].bits) << 16;
-                }
+                both = join<T>(at[0], at[c + 1 < columns ? result.residual_column_stride : 0]);
             }
         });
     }
 
-    __device__ void store(const Block& values, const Operand& residual, int row, int column) const {
+    __device__ void store(const Block& values, const Pairs<T>& residual, int row, int column) const {
         const float scale = result.scale ? *result.scale : 1.0f;
         const T* const bias = static_cast<const T*>(result.bias);
         T* const to = static_cast<T*>(result.data) + image * result.batch_stride;
@@ -187,12 +313,12 @@ struct BlockResult {
             }
             x.x *= scale, x.y *= scale;
             if (result.residual) {
-                const float2 add = unpack<T>(residual[2 * half + lower]);
-                x.x += add.x, x.y += add.y;
+                x.x += left_of<T>(residual[2 * half + lower]);
+                x.y += right_of<T>(residual[2 * half + lower]);
             }
             T* const start = to + r * result.row_stride;
             if (result.pairs) {
-                *reinterpret_cast<std::uint32_t*>(start + c) = pack<T>(x.x, x.y);
+                *reinterpret_cast<Pair<T>*>(start + c) = join<T>(x.x, x.y);
             } else {
                 T* const at = start + c * result.column_stride;
                 *at = static_cast<T>(x.x);

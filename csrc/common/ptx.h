@@ -123,6 +123,23 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], 
     }
 }
 
+// The nearest TF32 number, of 10 bits after the point; ties away from zero.
+__device__ inline std::uint32_t tf32_bits(float x) {
+    std::uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+}
+
+// d += a b for TF32 a [16, 8], b [8, 8], d [16, 8] as above; a lane holds
+//   a: {a[g][t], a[g+8][t], a[g][t+4], a[g+8][t+4]}
+//   b: {b[t][g], b[t+4][g]}
+__device__ inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // 2^x with an error of about 2 units in the last place; results below 2^-126 are 0.
 __device__ inline float exp2_approx(float x) {
     float result;

@@ -139,6 +139,36 @@ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
     for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sums[i]);
 }
 
+inline std::uint32_t tf32_bits(float x) {
+    const unsigned bits = __float_as_uint(x);
+    return std::isfinite(x) ? (bits + 0x1000) & ~0x1fffu : bits;
+}
+
+// The lowest 13 bits of an operand do not count.
+inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                             simt::Site site = simt::Site::here()) {
+    struct Fragments {
+        std::uint32_t a[4], b[2];
+    };
+    Fragments mine;
+    std::memcpy(mine.a, a, sizeof a);
+    std::memcpy(mine.b, b, sizeof b);
+    const auto all = simt::meet("mma_m16n8k8_tf32", 0xffffffffu, &mine, sizeof mine, site);
+    const auto value = [](std::uint32_t bits) { return static_cast<double>(__uint_as_float(bits & ~0x1fffu)); };
+    const int g = simt::lane() / 4, t = simt::lane() % 4;
+    double sums[4] = {d[0], d[1], d[2], d[3]};
+    for (int k = 0; k < 8; ++k) {
+        const int owner = k % 4, upper = k / 4;
+        const Fragments& rows = simt::of_lane<Fragments>(all, 4 * g + owner);
+        for (int column = 0; column < 2; ++column) {
+            const double right = value(simt::of_lane<Fragments>(all, 4 * (2 * t + column) + owner).b[upper]);
+            sums[column] += value(rows.a[2 * upper]) * right;
+            sums[2 + column] += value(rows.a[2 * upper + 1]) * right;
+        }
+    }
+    for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sums[i]);
+}
+
 inline float exp2_approx(float x) {
     const float result = std::exp2(x);
     return result < 0x1p-126f ? 0.0f : result;

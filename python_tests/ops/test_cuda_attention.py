@@ -56,7 +56,7 @@ class StandIn:
         return [image, *tensors], [*kept, dense(saved[4], (batch, 2, positions), wide)], t
 
     def attention_forward_cuda(
-        self, dtype: int, sizes: Any, x: Any, parameters: Any, saved: Any, y: Any, stream: int
+        self, dtype: int, tf32: bool, sizes: Any, x: Any, parameters: Any, saved: Any, y: Any, stream: int
     ) -> int:
         inputs, kept, t = self.arguments(dtype, sizes, x, parameters, saved)
         results = reference.self_attention2d_forward(*inputs[:6], **dict(zip(NAMES[5:], inputs[6:], strict=True)))
@@ -67,8 +67,8 @@ class StandIn:
         return 0
 
     def attention_backward_cuda(
-        self, dtype: int, sizes: Any, x: Any, parameters: Any, saved: Any, grad_y: Any, grad_x: Any, gradients: Any,
-        inner: Any, workspace: int, stream: int,
+        self, dtype: int, tf32: bool, sizes: Any, x: Any, parameters: Any, saved: Any, grad_y: Any, grad_x: Any,
+        gradients: Any, inner: Any, workspace: int, stream: int,
     ) -> int:  # fmt: skip
         inputs, kept, t = self.arguments(dtype, sizes, x, parameters, saved)
         _, channels, _, width, value_width = sizes
@@ -170,14 +170,33 @@ def test_only_what_is_needed_is_asked_for(stand_in: StandIn, monkeypatch: pytest
     assert seen["inner"][1:] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_serves_no_other_dtypes(dtype: torch.dtype) -> None:
-    reason = dispatch.why_not("attention_forward", "cuda", torch.device("cuda"), dtype)
-    assert reason is not None
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_follows_the_switch_of_torchs_products(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    seen: list[bool] = []
+    for name in ("attention_forward_cuda", "attention_backward_cuda"):
+        monkeypatch.setattr(stand_in, name, lambda **given: seen.append(given["tf32"]) or 0)
+    x, w = torch.randn(1, 8, 2, 2), torch.randn(3, 8)
+    parameters = [w, w, w, torch.randn(8, 3), torch.tensor(0.5), None, None, None, None]
+    saved = [torch.randn(1, 3, 4)] * 4 + [torch.randn(1, 2, 4)]
+    gradients = [torch.zeros(0)] * 5 + [torch.zeros(())] + [torch.zeros(0)] * 4
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        cuda_attention.forward(x, parameters, torch.empty_like(x), saved)
+        cuda_attention.backward(x, x, parameters, saved, [False] * 5 + [True] + [False] * 4, gradients)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [precision == "high"] * 2
+
+
+def test_it_serves_no_float64() -> None:
+    assert dispatch.why_not("attention_forward", "cuda", torch.device("cuda"), torch.float64) is not None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("positions", [(16, 8), (7, 7), (32, 16)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_on_a_gpu(dtype: torch.dtype, positions: tuple[int, int], memory_format: torch.memory_format) -> None:

@@ -54,8 +54,9 @@ def self_attention2d(
 
     Args:
         x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16. C++ kernels serve the CPU (the 16-bit
-            types computed in float32), CUDA kernels the 16-bit types on NVIDIA GPUs, plain torch all else. The N×N map
-            is stored nowhere, except by second derivatives: O(B·N²).
+            types computed in float32), CUDA kernels all but float64 on NVIDIA GPUs, plain torch all else. There float32
+            is multiplied as TF32 if torch's own products are (``torch.backends.cuda.matmul.fp32_precision``), else
+            exactly. The N×N map is stored nowhere, except by second derivatives: O(B·N²).
         w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
         w_value: ``[value width, C]``.
         w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.
@@ -251,7 +252,7 @@ for _operation, _implementation, _fake in (
 ):
     dispatch.register(
         _operation,
-        cuda=dispatch.native_cuda(torch.bfloat16, torch.float16),
+        cuda=dispatch.native_cuda(torch.bfloat16, torch.float16, torch.float32),
         cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
     )
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")

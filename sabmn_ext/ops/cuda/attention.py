@@ -39,6 +39,7 @@ def _inputs(x: Tensor, parameters: Parameters, saved: Sequence[Tensor]) -> dict[
     batch, channels, height, width = x.shape
     return {
         "dtype": dispatch.DTYPE_CODES[x.dtype],
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "sizes": (batch, channels, height * width, saved[0].shape[1], saved[2].shape[1]),
         "x": _map(x),
         "parameters": _addresses(parameters),
