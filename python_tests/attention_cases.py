@@ -83,7 +83,7 @@ def check(draws: list[Inputs], backend: str | None) -> list[Tensor]:
     for inputs in draws:
         x = inputs[0]
         generator = torch.Generator().manual_seed(7)
-        grad_y = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        grad_y = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         with dispatch.record() as calls:
             ours.append(with_gradients(lambda t: call(t, backend), inputs, grad_y))
         assert calls == [("attention_forward", expected), ("attention_backward", expected)]

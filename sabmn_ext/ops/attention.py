@@ -1,7 +1,7 @@
 """Self-attention over a feature map, y = γ·a + x, as one operation: schema, checks, dispatch, autograd.
 
 The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020);
-the kernels are called in ``ops/cpu/`` and ``ops/cuda/``::
+the kernels are called in ``ops/cpu/``, ``ops/cuda/`` and ``ops/triton/``::
 
     self_attention2d → _Attention → sabmn_ext::attention_forward                (no gradient of its own)
             backward → _AttentionGradient → sabmn_ext::attention_backward       (no gradient of its own)
@@ -252,6 +252,7 @@ for _operation, _implementation, _fake in (
     dispatch.register(
         _operation,
         cuda=dispatch.native_cuda(torch.bfloat16, torch.float16),
+        triton=dispatch.triton(torch.float32, torch.bfloat16, torch.float16),
         cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
     )
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")

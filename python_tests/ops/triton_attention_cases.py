@@ -1,0 +1,183 @@
+"""Self-attention by the Triton kernels against float64: on a GPU, or with TRITON_INTERPRET=1 on the CPU.
+
+Triton reads the variable when it is imported: ``test_triton_attention.py`` runs this file in a process of its own.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from attention_cases import NAMES, Inputs, call, check, draw, with_gradients
+
+from sabmn_ext.ops import dispatch
+from sabmn_ext.ops.triton import attention as launches
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# batch, channels, height, width, d, value width, biases, projection. Tiles have 32, 64 or 128 positions, and up to 128
+# channels of queries and keys and 256 of values; fewer in fp32.
+SIZES = [
+    (2, 5, 1, 1, 1, 1, True, True),
+    (3, 24, 7, 1, 17, 19, True, True),
+    (1, 40, 127, 1, 32, 40, False, False),  # the values are x's width: no output projection
+    (1, 24, 43, 3, 40, 33, True, True),
+    (2, 17, 13, 10, 128, 72, False, True),
+    (1, 12, 11, 3, 320, 300, True, True),  # in slices of the queries, keys and values
+    (1, 270, 5, 4, 30, 270, True, False),  # of the values
+    (1, 20, 6, 5, 200, 24, False, True),  # of the queries and keys
+]
+LONG = [(1, 16, 43, 12, 32, 32, True, True), (1, 33, 29, 9, 128, 200, False, True), (5, 140, 3, 3, 64, 64, True, True)]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "sliced channels_last"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def on_device(inputs: Inputs) -> Inputs:
+    return [None if t is None else t.to(DEVICE) for t in inputs]
+
+
+def drawn(sizes: tuple[int, ...], seed: int, dtype: torch.dtype, layout: str = "contiguous") -> list[Inputs]:
+    # Of single numbers many draws are compared: see attention_cases.check.
+    return [on_device(draw(sizes, 100 * seed + i, dtype, layout)) for i in range(3)]
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def layout_of(sizes: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Every size in every dtype, in layouts that take turns."""
+    return LAYOUTS[((SIZES + LONG).index(sizes) + DTYPES.index(dtype)) % len(LAYOUTS)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_gradients(sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+    check(drawn(sizes, seed, dtype, layout_of(sizes, dtype)), "triton")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("sizes", LONG, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_ones(sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+    check(drawn(sizes, seed, dtype, layout_of(sizes, dtype)), "triton")
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("sizes", [SIZES[3], SIZES[5]], ids=str)
+def test_tf32(sizes: tuple[int, ...], seed: int) -> None:
+    check(drawn(sizes, seed, torch.float32), "triton")
+
+
+def test_the_precision_switch_of_matmul_decides(tf32: None) -> None:
+    assert launches._kind(torch.float32) == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert launches._kind(torch.float32) == "ieee"
+    assert launches._kind(torch.bfloat16) == "half"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_almost_one_hot(dtype: torch.dtype, seed: int) -> None:
+    draws = drawn((2, 24, 7, 5, 16, 19, True, True), seed, torch.float64)
+    for inputs in draws:
+        inputs[1] *= 16
+        inputs[2] *= 16
+    check([[None if t is None else t.to(dtype) for t in inputs] for inputs in draws], "triton")
+
+
+def test_logits_far_below_those_of_padding(seed: int) -> None:
+    """Beyond the edges logits are 0: here exp(0 − lse) is infinite."""
+    draws = drawn((1, 6, 5, 7, 4, 3, True, True), seed, torch.float32)
+    for inputs in draws:
+        inputs[6], inputs[7] = torch.full_like(inputs[6], 12.0), torch.full_like(inputs[7], -12.0)
+    check(draws, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_identity_at_gamma_0(dtype: torch.dtype) -> None:
+    inputs = on_device(draw(SIZES[3], 0, dtype, "channels_last"))
+    inputs[5] = torch.zeros_like(inputs[5])
+    y = call(inputs, "triton")
+    assert torch.equal(y, inputs[0])
+    assert y.stride() == inputs[0].stride()
+
+
+@pytest.mark.parametrize("wanted", [["x"], ["w_out", "gamma"], ["gamma"], ["w_key"], ["b_value", "b_out"], ["b_query"]])
+def test_only_the_gradients_that_are_wanted(wanted: list[str]) -> None:
+    inputs = on_device(draw(SIZES[1], 0, torch.float32))
+    grad_y = torch.randn_like(inputs[0])
+    expected = with_gradients(lambda t: call(t, "triton"), inputs, grad_y)
+    leaves = [t.detach().requires_grad_(name in wanted) for name, t in zip(NAMES, inputs, strict=True)]
+    y = call(leaves, "triton")
+    grads = torch.autograd.grad(y, [t for t in leaves if t.requires_grad], grad_y)
+    for name, grad in zip([name for name in NAMES if name in wanted], grads, strict=True):
+        assert torch.equal(grad, expected[1 + NAMES.index(name)])
+
+
+def test_second_derivatives() -> None:
+    inputs = on_device(draw(SIZES[1], 0, torch.float32))
+    grad_y, weights = torch.randn_like(inputs[0]), [torch.randn_like(t) for t in inputs]
+
+    def second(backend: str) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        grads = torch.autograd.grad(call(leaves, backend), leaves, grad_y, create_graph=True)
+        return torch.autograd.grad(sum((g * w).sum() for g, w in zip(grads, weights, strict=True)), leaves)
+
+    with dispatch.record() as calls:
+        ours = second("triton")
+    assert calls == [("attention_forward", "triton"), ("attention_backward", "triton")]
+    for our, expected in zip(ours, second("torch"), strict=True):
+        torch.testing.assert_close(our, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_empty_images() -> None:
+    for shape in ((0, 6, 3, 3), (2, 6, 0, 3)):
+        inputs = on_device(draw((1, 6, 3, 3, 2, 3, True, True), 0, torch.float32))
+        inputs[0] = torch.zeros(shape, device=DEVICE)
+        y, *grads = with_gradients(lambda t: call(t, "triton"), inputs, torch.zeros_like(inputs[0]))
+        assert y.shape == shape
+        assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    inputs = on_device(draw((2, 6, 3, 5, 3, 4, True, True), 0, dtype, "channels_last"))
+    inputs[5] = inputs[5].float()
+    outputs = torch.ops.sabmn_ext.attention_forward(*inputs, "triton")
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.sabmn_ext.attention_forward.default, (*inputs, "triton"), test_utils=tests)
+    arguments = (torch.randn_like(inputs[0]), *inputs, *outputs[1:], [True] * 10, "triton")
+    torch.library.opcheck(torch.ops.sabmn_ext.attention_backward.default, arguments, test_utils=tests)
+
+
+def test_tuning_on_request_times_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the clock: the last of the configurations is the fastest."""
+    from triton.runtime.autotuner import Autotuner
+
+    if DEVICE == "cpu":
+        times = iter(range(1000, 0, -1))
+
+        def do_bench(call: object, quantiles: object = None) -> list[float]:
+            call()
+            return [float(next(times))] * 3
+
+        monkeypatch.setattr(Autotuner, "do_bench", property(lambda self: do_bench))
+    monkeypatch.setenv("SABMN_TRITON_AUTOTUNE", "1")
+    launches._tuned.cache_clear()
+    check([on_device(draw(SIZES[3], i, torch.float16)) for i in range(3)], "triton")
+    assert launches._tuned.cache_info().currsize == 6  # the kernels
+    taken = launches._tuned(
+        launches.kernels.attention_forward_kernel,
+        tuple(tuple(options.items()) for options in launches._forward("half", 64)),
+    ).best_config.all_kwargs()
+    options = launches._forward("half", 64)
+    assert {name: taken[name] for name in options[-1]} == options[-1] if DEVICE == "cpu" else taken in options
+
+
+def test_an_image_that_32_bits_cannot_count_is_an_error() -> None:
+    x = torch.empty(1, dtype=torch.float16).expand(1, 2**16, 2**16)
+    with pytest.raises(RuntimeError, match="2³¹"):
+        launches._check_extents(x.as_strided((1, 2**16, 2**16), (0, 2**16, 1)))
