@@ -3,30 +3,55 @@
 Triton reads the variable when it is imported: ``test_triton_attention.py`` runs this file in a process of its own.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from attention_cases import NAMES, Inputs, call, check, draw, with_gradients
+from triton.runtime import interpreter
 
 from sabmn_ext.ops import dispatch
 from sabmn_ext.ops.triton import attention as launches
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+if DEVICE == "cpu":
+
+    @functools.cache
+    def patch_language(function: object) -> None:
+        interpreter._patch_lang(function)
+
+    def call_in_kernel(self: interpreter.InterpretedFunction, *arguments: object, **named: object) -> object:
+        patch_language(self.fn)
+        return self.rewrite()(*arguments, **named)
+
+    def cast(self: interpreter.InterpreterBuilder, source: object, to: object) -> object:
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
+            return interpreter.TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
+        return truncating_cast(self, source, to)
+
+    # Triton's interpreter replaces parts of its language at every call of a function in a kernel, which takes most of
+    # its time; once is enough. And it cuts bfloat16 off, where a GPU rounds.
+    interpreter.InterpretedFunction.__call__ = call_in_kernel
+    truncating_cast = interpreter.InterpreterBuilder.cast_impl
+    interpreter.InterpreterBuilder.cast_impl = cast
 # batch, channels, height, width, d, value width, biases, projection. Tiles have 32, 64 or 128 positions, and up to 128
 # channels of queries and keys and 256 of values; fewer in fp32.
 SIZES = [
     (2, 5, 1, 1, 1, 1, True, True),
     (3, 24, 7, 1, 17, 19, True, True),
-    (1, 40, 127, 1, 32, 40, False, False),  # the values are x's width: no output projection
-    (1, 24, 43, 3, 40, 33, True, True),
-    (2, 17, 13, 10, 128, 72, False, True),
-    (1, 12, 11, 3, 320, 300, True, True),  # in slices of the queries, keys and values
+    (1, 12, 127, 1, 32, 12, False, False),  # the values are x's width: no output projection
+    (1, 14, 43, 3, 40, 33, True, True),
+    (1, 17, 13, 10, 128, 40, False, True),
+    (1, 12, 7, 3, 320, 300, True, True),  # in slices of the queries, keys and values
     (1, 270, 5, 4, 30, 270, True, False),  # of the values
     (1, 20, 6, 5, 200, 24, False, True),  # of the queries and keys
 ]
-LONG = [(1, 16, 43, 12, 32, 32, True, True), (1, 33, 29, 9, 128, 200, False, True), (5, 140, 3, 3, 64, 64, True, True)]
+LONG = [(1, 16, 43, 12, 32, 32, True, True), (1, 33, 19, 9, 128, 200, False, True), (5, 140, 3, 3, 64, 64, True, True)]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "sliced channels_last"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -37,7 +62,7 @@ def on_device(inputs: Inputs) -> Inputs:
 
 def drawn(sizes: tuple[int, ...], seed: int, dtype: torch.dtype, layout: str = "contiguous") -> list[Inputs]:
     # Of single numbers many draws are compared: see attention_cases.check.
-    return [on_device(draw(sizes, 100 * seed + i, dtype, layout)) for i in range(3)]
+    return [on_device(draw(sizes, 100 * seed + i, dtype, layout)) for i in range(2)]
 
 
 @pytest.fixture
@@ -48,22 +73,22 @@ def tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def layout_of(sizes: tuple[int, ...], dtype: torch.dtype) -> str:
-    """Every size in every dtype, in layouts that take turns."""
-    return LAYOUTS[((SIZES + LONG).index(sizes) + DTYPES.index(dtype)) % len(LAYOUTS)]
+def check_in_turn(sizes: tuple[int, ...], seed: int, turn: int) -> None:
+    """One of the dtypes and one of the layouts: it depends on the seed which, and no two turns are the same."""
+    dtype = DTYPES[(seed + turn) % 3]
+    check(drawn(sizes, seed, dtype, LAYOUTS[(seed + turn) // 3 % 4]), "triton")
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_output_and_gradients(sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
-    check(drawn(sizes, seed, dtype, layout_of(sizes, dtype)), "triton")
+@pytest.mark.parametrize("i", range(len(SIZES)), ids=lambda i: str(SIZES[i]))
+def test_output_and_gradients(i: int, seed: int) -> None:
+    for turn in range(3) if i < 2 else [i]:
+        check_in_turn(SIZES[i], seed, turn + i)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("sizes", LONG, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_long_ones(sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
-    check(drawn(sizes, seed, dtype, layout_of(sizes, dtype)), "triton")
+@pytest.mark.parametrize("sizes", [*SIZES[3:], *LONG], ids=str)
+def test_more_of_them(sizes: tuple[int, ...], seed: int) -> None:
+    check_in_turn(sizes, seed, (SIZES + LONG).index(sizes) + 1)
 
 
 @pytest.mark.usefixtures("tf32")

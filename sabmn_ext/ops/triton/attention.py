@@ -39,14 +39,13 @@ def _options(warps: int, stages: int, **blocks: int) -> Configuration:
     return {**blocks, "num_warps": warps, "num_stages": stages}
 
 
-def _products(kind: str) -> list[Configuration]:
+def _products(kind: str, rows: int, columns: int) -> list[Configuration]:
+    narrow_rows, narrow_columns = (64 if side <= 64 or kind == "ieee" else 128 for side in (rows, columns))
+    warps = 8 if narrow_rows + narrow_columns == 256 else 4
+    depth = {"half": 32, "tf32": 16, "ieee": 16}[kind]
     return [
-        _options(warps, stages, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns, BLOCK_DEPTH=depth)
-        for rows, columns, depth, warps, stages in {
-            "half": [(128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)],
-            "tf32": [(128, 128, 16, 8, 4), (64, 128, 32, 4, 3), (64, 64, 32, 4, 3)],
-            "ieee": [(64, 64, 16, 4, 3), (64, 32, 16, 4, 3)],
-        }[kind]
+        _options(warps, stages, BLOCK_ROWS=narrow_rows // cut, BLOCK_COLUMNS=narrow_columns, BLOCK_DEPTH=depth * deeper)
+        for stages, deeper, cut in ((4, 1, 1), (3, 2, 2), (2, 2, 1))
     ]
 
 
@@ -62,40 +61,45 @@ def _forward_widths(kind: str, width: int, value_width: int) -> tuple[int, int]:
 
 def _forward(kind: str, values: int) -> list[Configuration]:
     if kind == "ieee":
-        table = [(32, 32, 4, 1), (64, 32, 4, 1)]
+        table = [(64, 32, 4, 1), (32, 32, 4, 1)]
     elif kind == "tf32":
-        table = [(64, 32, 4, 2), (64, 64, 8, 2)]
+        table = [(64, 32, 8 if values > 64 else 4, 2), (64, 64, 8, 2)]
     elif values <= 64:
         table = [(128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)]
     elif values == 128:
         table = [(64, 64, 4, 2), (128, 64, 8, 2)]
     else:
-        table = [(64, 32, 4, 2), (64, 32, 8, 2)]
+        table = [(64, 32, 8, 2), (64, 64, 8, 2)]
     return [
-        _options(warps, stages, BLOCK_QUERIES=queries, BLOCK_KEYS=keys, BLOCK_CHANNELS=32 if values == 256 else 64)
+        _options(
+            warps, stages, BLOCK_QUERIES=queries, BLOCK_KEYS=keys,
+            BLOCK_CHANNELS=32 if queries == 128 or values == 256 else 64,
+        )
         for queries, keys, warps, stages in table
-    ]
+    ]  # fmt: skip
 
 
 def _backward_widths(kind: str, width: int, value_width: int) -> tuple[int, int]:
     most = {"half": 128, "tf32": 64, "ieee": 32}[kind]
+    if kind == "tf32" and max(width, value_width) > most:
+        most = 32  # what is not kept takes more registers
     return _padded(width, most), _padded(value_width, most)
 
 
 def _backward(kind: str, widest: int, of_queries: bool) -> list[Configuration]:
     if kind == "ieee":
-        table = [(32, 32, 4, 1), (32, 64, 4, 1)]
+        table = [(64, 32, 4, 1), (32, 32, 4, 1)]
     elif kind == "tf32":
-        table = [(64, 32, 4, 2), (64, 64, 8, 1)]
+        table = [(64, 32, 8, 2), (32, 32, 4, 2)]
     elif widest <= 64:
         table = [(64, 64, 4, 2), (128, 64, 8, 2)]
     else:
-        table = [(64, 64, 8, 1), (64, 32, 4, 2)]
+        table = [(64, 32, 8, 2), (32, 64, 4, 1)]
     own, other = ("BLOCK_QUERIES", "BLOCK_KEYS") if of_queries else ("BLOCK_KEYS", "BLOCK_QUERIES")
     return [_options(warps, stages, **{own: a, other: b}) for a, b, warps, stages in table]
 
 
-_PROGRAMS = 256  # of a weight gradient, about: groups of images are cut so, and the same way on every GPU
+_PROGRAMS = 512  # of 64 × 64 elements of the weights' gradients, about: groups of images are cut so on every GPU
 
 
 def _groups(batch: int, tiles: int) -> tuple[int, int]:
@@ -154,7 +158,7 @@ def _product(
     kind = _kind(a.dtype)
     _launch(
         product_kernels.attention_product_kernel, _tiles(batch, rows, columns), (*arguments, *strides),
-        _products(kind), PRECISION=_precision(kind),
+        _products(kind, rows, columns), PRECISION=_precision(kind),
     )  # fmt: skip
 
 
@@ -190,7 +194,7 @@ def forward(x: Tensor, parameters: Parameters, y: Tensor, saved: Sequence[Tensor
         _launch(
             product_kernels.attention_project_kernel, _tiles(batch, len(stacked), positions),
             (flat, stacked, b_query, b_key, b_value, query, key, value, *sizes, *flat.stride()),
-            _products(kind), PRECISION=precision,
+            _products(kind, len(stacked), positions), PRECISION=precision,
         )  # fmt: skip
 
         keys, values = _forward_widths(kind, width, value_width)
@@ -276,10 +280,9 @@ def _weight_gradients(
     if not any(needs[1:5]):
         return
     (batch, channels, positions), rows, value_width = x.shape, inner.shape[1], out.shape[1]
-    configurations = _products(kind)
-    block_rows, block_columns = configurations[0]["BLOCK_ROWS"], configurations[0]["BLOCK_COLUMNS"]
-    groups, images = _groups(batch, triton.cdiv(rows, block_rows) * triton.cdiv(channels, block_columns))
-    partial = torch.empty(groups, (rows + value_width) * channels, dtype=torch.float32, device=x.device)
+    groups, images = _groups(batch, triton.cdiv(rows, 64) * triton.cdiv(channels, 64))
+    size = (rows + value_width * needs[4]) * channels
+    partial = torch.empty(groups, size, dtype=torch.float32, device=x.device)
     for needed, a, b, start in (
         (any(needs[1:4]), inner, x, 0),
         (needs[4], grad, out, rows * channels),
@@ -291,13 +294,13 @@ def _weight_gradients(
                     a, b, partial[:, start:], a.shape[1], b.shape[1], positions, batch, images,
                     *a.stride(), *b.stride(), partial.stride(0),
                 ),
-                configurations, PRECISION=_precision(kind),
+                _products(kind, a.shape[1], b.shape[1]), PRECISION=_precision(kind),
             )  # fmt: skip
     wanted = [gradient if need else None for gradient, need in zip(gradients[1:5], needs[1:5], strict=True)]
     key_size, value_size = (rows - value_width) // 2 * channels, value_width * channels
     _launch(
-        product_kernels.attention_reduce_kernel, lambda meta: (triton.cdiv(partial.shape[1], meta["BLOCK"]),),
-        (partial, gamma, *wanted, key_size, value_size, partial.shape[1], groups), [_options(4, 1, BLOCK=1024)],
+        product_kernels.attention_reduce_kernel, lambda meta: (triton.cdiv(size, meta["BLOCK"]),),
+        (partial, gamma, *wanted, key_size, value_size, size, groups), [_options(4, 1, BLOCK=1024)],
     )  # fmt: skip
 
 

@@ -114,8 +114,8 @@ def attention_forward_kernel(
         values = load_tile(value, v, k, value_width, positions, positions, 1)
         total = multiply(powers.to(values.dtype), tl.trans(values), total * correction[:, None], PRECISION)
 
+    lse += image * 2 * positions + q
     if tl.program_id(1) == 0:
-        lse += image * 2 * positions + q
         tl.store(lse, maximum, mask=q < positions)
         tl.store(lse + positions, tl.log(powers_sum), mask=q < positions)
     rounded = (total / powers_sum[:, None]).to(out.dtype.element_ty)

@@ -215,8 +215,9 @@ def attention_reduce_kernel(
     """The weights' gradients from those of the groups."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for group in range(groups):
-        total += tl.load(partial + group.to(tl.int64) * partial_group + i, mask=i < partial_group, other=0.0)
+    for _ in range(groups):
+        total += tl.load(partial + i, mask=i < partial_group, other=0.0)
+        partial += partial_group
     _store_part(total, w_query, i, key_size)
     _store_part(total, w_key, i - key_size, key_size)
     _store_part(total, w_value, i - 2 * key_size, value_size)
