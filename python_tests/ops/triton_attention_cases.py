@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from attention_cases import NAMES, Inputs, call, check, draw, with_gradients
+from attention_cases import NAMES, Inputs, call, check, draw, sharp, with_gradients
 from triton.runtime import interpreter
 
 from sabmn_ext.ops import dispatch
@@ -45,11 +45,11 @@ SIZES = [
     (2, 5, 1, 1, 1, 1, True, True),
     (3, 24, 7, 1, 17, 19, True, True),
     (1, 12, 127, 1, 32, 12, False, False),  # the values are x's width: no output projection
+    (1, 20, 6, 5, 200, 24, False, True),  # in slices of the queries and keys
     (1, 14, 43, 3, 40, 33, True, True),
     (1, 17, 13, 10, 128, 40, False, True),
-    (1, 12, 7, 3, 320, 300, True, True),  # in slices of the queries, keys and values
-    (1, 270, 5, 4, 30, 270, True, False),  # of the values
-    (1, 20, 6, 5, 200, 24, False, True),  # of the queries and keys
+    (1, 12, 7, 3, 320, 300, True, True),  # in slices of all
+    (1, 270, 5, 4, 30, 270, True, False),  # in slices of the values
 ]
 LONG = [(1, 16, 43, 12, 32, 32, True, True), (1, 33, 19, 9, 128, 200, False, True), (5, 140, 3, 3, 64, 64, True, True)]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "sliced channels_last"]
@@ -81,8 +81,8 @@ def check_in_turn(sizes: tuple[int, ...], seed: int, turn: int) -> None:
 
 @pytest.mark.parametrize("i", range(len(SIZES)), ids=lambda i: str(SIZES[i]))
 def test_output_and_gradients(i: int, seed: int) -> None:
-    for turn in range(3) if i < 2 else [i]:
-        check_in_turn(SIZES[i], seed, turn + i)
+    for turn in range(3) if i == 1 else [i]:
+        check_in_turn(SIZES[i], seed, turn)
 
 
 @pytest.mark.heavy
@@ -92,7 +92,7 @@ def test_more_of_them(sizes: tuple[int, ...], seed: int) -> None:
 
 
 @pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("sizes", [SIZES[3], SIZES[5]], ids=str)
+@pytest.mark.parametrize("sizes", [SIZES[3], SIZES[4]], ids=str)
 def test_tf32(sizes: tuple[int, ...], seed: int) -> None:
     check(drawn(sizes, seed, torch.float32), "triton")
 
@@ -104,33 +104,28 @@ def test_the_precision_switch_of_matmul_decides(tf32: None) -> None:
     assert launches._kind(torch.bfloat16) == "half"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_are_almost_one_hot(dtype: torch.dtype, seed: int) -> None:
-    draws = drawn((2, 24, 7, 5, 16, 19, True, True), seed, torch.float64)
-    for inputs in draws:
-        inputs[1] *= 16
-        inputs[2] *= 16
-    check([[None if t is None else t.to(dtype) for t in inputs] for inputs in draws], "triton")
+def test_rows_that_are_almost_one_hot(seed: int) -> None:
+    check([on_device(sharp(SIZES[1], 100 * seed + i, torch.float32)) for i in range(3)], "triton")
 
 
 def test_logits_far_below_those_of_padding(seed: int) -> None:
-    """Beyond the edges logits are 0: here exp(0 − lse) is infinite."""
+    """Beyond the edges logits are 0: here they are about -100 elsewhere, and exp(0 - lse) is infinite."""
     draws = drawn((1, 6, 5, 7, 4, 3, True, True), seed, torch.float32)
     for inputs in draws:
-        inputs[6], inputs[7] = torch.full_like(inputs[6], 12.0), torch.full_like(inputs[7], -12.0)
+        inputs[6], inputs[7] = torch.full_like(inputs[6], 5.0), torch.full_like(inputs[7], -5.0)
     check(draws, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identity_at_gamma_0(dtype: torch.dtype) -> None:
-    inputs = on_device(draw(SIZES[3], 0, dtype, "channels_last"))
+    inputs = on_device(draw(SIZES[4], 0, dtype, "channels_last"))
     inputs[5] = torch.zeros_like(inputs[5])
     y = call(inputs, "triton")
     assert torch.equal(y, inputs[0])
     assert y.stride() == inputs[0].stride()
 
 
-@pytest.mark.parametrize("wanted", [["x"], ["w_out", "gamma"], ["gamma"], ["w_key"], ["b_value", "b_out"], ["b_query"]])
+@pytest.mark.parametrize("wanted", [["x"], ["w_out", "gamma"], ["b_value", "b_out"], ["b_query"]])
 def test_only_the_gradients_that_are_wanted(wanted: list[str]) -> None:
     inputs = on_device(draw(SIZES[1], 0, torch.float32))
     grad_y = torch.randn_like(inputs[0])
@@ -167,9 +162,8 @@ def test_empty_images() -> None:
         assert all((grad == 0).all() for grad in grads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    inputs = on_device(draw((2, 6, 3, 5, 3, 4, True, True), 0, dtype, "channels_last"))
+def test_opcheck() -> None:
+    inputs = on_device(draw((2, 6, 3, 5, 3, 4, True, True), 0, torch.float16, "channels_last"))
     inputs[5] = inputs[5].float()
     outputs = torch.ops.sabmn_ext.attention_forward(*inputs, "triton")
     tests = ("test_schema", "test_faketensor")
@@ -178,7 +172,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.sabmn_ext.attention_backward.default, arguments, test_utils=tests)
 
 
-def test_tuning_on_request_times_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_on_request_times_every_configuration(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the clock: the last of the configurations is the fastest."""
     from triton.runtime.autotuner import Autotuner
 
@@ -192,17 +186,15 @@ def test_tuning_on_request_times_every_configuration(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(Autotuner, "do_bench", property(lambda self: do_bench))
     monkeypatch.setenv("SABMN_TRITON_AUTOTUNE", "1")
     launches._tuned.cache_clear()
-    check([on_device(draw(SIZES[3], i, torch.float16)) for i in range(3)], "triton")
-    assert launches._tuned.cache_info().currsize == 6  # the kernels
-    taken = launches._tuned(
-        launches.kernels.attention_forward_kernel,
-        tuple(tuple(options.items()) for options in launches._forward("half", 64)),
-    ).best_config.all_kwargs()
-    options = launches._forward("half", 64)
-    assert {name: taken[name] for name in options[-1]} == options[-1] if DEVICE == "cpu" else taken in options
+    check(drawn(SIZES[1], seed, torch.float16), "triton")
+    assert launches._tuned.cache_info().currsize >= 7, "not every kernel was tuned"
+    options = launches._forward("half", values=32)
+    frozen = tuple(tuple(configuration.items()) for configuration in options)
+    best = launches._tuned(launches.kernels.attention_forward_kernel, frozen).best_config.all_kwargs()
+    taken = {name: best[name] for name in options[0]}
+    assert taken == options[-1] if DEVICE == "cpu" else taken in options
 
 
 def test_an_image_that_32_bits_cannot_count_is_an_error() -> None:
-    x = torch.empty(1, dtype=torch.float16).expand(1, 2**16, 2**16)
     with pytest.raises(RuntimeError, match="2³¹"):
-        launches._check_extents(x.as_strided((1, 2**16, 2**16), (0, 2**16, 1)))
+        launches._check_extents(torch.empty((1, 2**16, 2**16), device="meta"))
