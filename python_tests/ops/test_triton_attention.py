@@ -90,3 +90,6 @@ def test_the_rule_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
             assert dispatch.why_not(operation, "triton", torch.device("cuda", 0), dtype) is None
         reason = dispatch.why_not(operation, "triton", torch.device("cuda", 0), torch.float64)
         assert reason == "it serves float32, bfloat16, float16, not torch.float64"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    reason = dispatch.why_not("attention_forward", "triton", torch.device("cuda", 0), torch.float32)
+    assert reason == "it serves NVIDIA GPUs, not AMD's"
