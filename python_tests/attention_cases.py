@@ -48,6 +48,26 @@ def draw(sizes: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64, 
     return [x, *weights, gamma.to(dtype), *[normal(n) if biases and n else None for n in lengths]]
 
 
+def sharp(sizes: tuple[int, ...], seed: int, dtype: torch.dtype) -> Inputs:
+    """Inputs with logits of about ±1000, so that most rows of the map are one-hot; the logits are exact in float32.
+
+    x, w_query and w_key hold small integers: what is tested is softmax and its gradient, not the rounding of a logit.
+    """
+    inputs = draw(sizes, seed, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for i in (0, 1, 2):
+        inputs[i] = torch.randint(-2, 3, inputs[i].shape, generator=generator).to(dtype)
+    inputs[6] = inputs[7] = None
+    x = inputs[0]
+    logits = torch.bmm(
+        functional.conv2d(x, inputs[1][:, :, None, None]).flatten(2).mT,
+        functional.conv2d(x, inputs[2][:, :, None, None]).flatten(2),
+    )
+    factor = 2.0 ** round(float(torch.log2(1000 / logits.abs().max())))
+    inputs[1] = inputs[1] * factor
+    return inputs
+
+
 def call(inputs: Inputs, backend: str | None = None) -> Tensor:
     return self_attention2d(*inputs[:6], **dict(zip(NAMES[6:], inputs[6:], strict=True)), backend=backend)
 
@@ -83,7 +103,7 @@ def check(draws: list[Inputs], backend: str | None) -> list[Tensor]:
     for inputs in draws:
         x = inputs[0]
         generator = torch.Generator().manual_seed(7)
-        grad_y = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        grad_y = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         with dispatch.record() as calls:
             ours.append(with_gradients(lambda t: call(t, backend), inputs, grad_y))
         assert calls == [("attention_forward", expected), ("attention_backward", expected)]

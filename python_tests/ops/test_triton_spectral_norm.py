@@ -4,12 +4,12 @@ import importlib.util
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from triton_runs import run_cases
 
 from sabmn_ext.ops import dispatch
 
@@ -32,32 +32,19 @@ KERNELS = ["forward_products", "forward_sums", "forward_scale", "backward_dots",
 BLOCKS_PER_MULTIPROCESSOR = 3  # of 128 threads with 8 KB and more in flight each: enough to keep the memory busy
 
 
-def run_cases(marker: str, seed: int, **environment: str) -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", marker, "--seed", str(seed), str(CASES)],
-        cwd=CASES.parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert re.search(r"\d+ passed", process.stdout), process.stdout
-    assert "skipped" not in process.stdout, process.stdout
-
-
 def test_cases_under_the_interpreter(seed: int) -> None:
-    run_cases("not heavy", seed, TRITON_INTERPRET="1")
+    run_cases(CASES, "not heavy", seed, TRITON_INTERPRET="1")
 
 
 @pytest.mark.heavy
 def test_heavy_cases_under_the_interpreter(seed: int) -> None:
-    run_cases("heavy", seed, TRITON_INTERPRET="1")
+    run_cases(CASES, "heavy", seed, TRITON_INTERPRET="1")
 
 
 @needs_gpu
 @pytest.mark.parametrize("marker", ["not heavy", pytest.param("heavy", marks=pytest.mark.heavy)])
 def test_cases_on_the_gpu(marker: str, seed: int) -> None:
-    run_cases(marker, seed, TRITON_INTERPRET="0")
+    run_cases(CASES, marker, seed, TRITON_INTERPRET="0")
 
 
 def compiled(name: str, types: tuple[str, str, str], architecture: int) -> Any:

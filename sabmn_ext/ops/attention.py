@@ -1,7 +1,7 @@
 """Self-attention over a feature map, y = γ·a + x, as one operation: schema, checks, dispatch, autograd.
 
 The formulas stand in ``reference.self_attention2d`` (Zhang et al., SAGAN, 2019; Munir and Micheloni, SpliTech 2020);
-the kernels are called in ``ops/cpu/`` and ``ops/cuda/``::
+the kernels are called in ``ops/cpu/``, ``ops/cuda/`` and ``ops/triton/``::
 
     self_attention2d → _Attention → sabmn_ext::attention_forward                (no gradient of its own)
             backward → _AttentionGradient → sabmn_ext::attention_backward       (no gradient of its own)
@@ -54,9 +54,10 @@ def self_attention2d(
 
     Args:
         x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16. C++ kernels serve the CPU (the 16-bit
-            types computed in float32), CUDA kernels all but float64 on NVIDIA GPUs, plain torch all else. There float32
-            is multiplied as TF32 if torch's own products are (``torch.backends.cuda.matmul.fp32_precision``), else
-            exactly. The N×N map is stored nowhere, except by second derivatives: O(B·N²).
+            types computed in float32), CUDA or Triton kernels NVIDIA GPUs but for float64, plain torch all else. On a
+            GPU float32 is multiplied as TF32 if torch's own products are
+            (``torch.backends.cuda.matmul.fp32_precision``), else exactly. The N×N map is stored nowhere, except by
+            second derivatives: O(B·N²).
         w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
         w_value: ``[value width, C]``.
         w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.
@@ -252,7 +253,8 @@ for _operation, _implementation, _fake in (
 ):
     dispatch.register(
         _operation,
-        cuda=dispatch.native_cuda(torch.bfloat16, torch.float16, torch.float32),
+        cuda=dispatch.native_cuda(torch.float32, torch.bfloat16, torch.float16),
+        triton=dispatch.triton(torch.float32, torch.bfloat16, torch.float16),
         cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
     )
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")

@@ -90,13 +90,15 @@ def runs_on(target: str, capability: tuple[int, int]) -> bool:
 
 
 def triton(*dtypes: torch.dtype) -> WhyNot:
-    """The rule of a Triton kernel that serves tensors on a CUDA device in the given dtypes.
+    """The rule of a Triton kernel that serves tensors on an NVIDIA GPU in the given dtypes.
 
     With ``TRITON_INTERPRET=1`` in the environment Triton interprets its kernels, and they serve tensors on the CPU too.
     """
 
     def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cuda":
+            if torch.version.hip is not None:  # whose devices are called cuda, too
+                return "it serves NVIDIA GPUs, not AMD's"
             capability = torch.cuda.get_device_capability(device)
             if capability < (8, 0):
                 return f"it serves compute capability 8.0 and newer, not {capability[0]}.{capability[1]}"
