@@ -123,7 +123,7 @@ def test_an_image_that_becomes_unreadable(few, undisturbed, small_market, tmp_pa
     """In the second epoch: where it is decoded again it ends the run, by name; repaired, the run goes on."""
     import shutil
 
-    data, out = tmp_path / "data", tmp_path / "run"
+    data, out = tmp_path / small_market.name, tmp_path / "run"
     shutil.copytree(small_market, data)
     images = {path: path.read_bytes() for path in (data / "bounding_box_train").iterdir()}
     real_step, calls = loop.train_step, []
