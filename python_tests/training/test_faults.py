@@ -149,7 +149,8 @@ def test_an_image_that_becomes_unreadable(few, undisturbed, small_market, tmp_pa
 
 
 @pytest.mark.skipif(folder.fcntl is None, reason="needs POSIX")
-def test_two_runs_in_one_folder_are_refused(few, tmp_path, capsys):
+def test_two_runs_in_one_folder_are_refused(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folder, "WAIT", 0.3)
     out = tmp_path / "run"
     with only_run_in(out):  # as another process would: the lock belongs to the open folder, not to the process
         for more in ([], ["--resume"]):
@@ -161,7 +162,9 @@ def test_two_runs_in_one_folder_are_refused(few, tmp_path, capsys):
 
 
 @pytest.mark.skipif(folder.fcntl is None, reason="needs POSIX")
-def test_a_killed_process_holds_no_folder(tmp_path):
+def test_a_killed_process_holds_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "WAIT", 0.3)
+
     def hold(ready):
         with only_run_in(tmp_path / "run"):
             ready.set()
