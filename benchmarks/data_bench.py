@@ -6,7 +6,7 @@ Both flip, pad and crop, normalise and erase with the same probabilities, shuffl
 rival is what torchreid does: every epoch each image is opened, decoded, resized, augmented and normalised by itself,
 in the processes of a DataLoader. Its augmentation is written here from the published descriptions. One round is an
 epoch of each, in turn; ours also without the memory, and decoding once is timed apart. --workers are the rival's
-processes, the decoding processes of ours without memory, and the threads of ours with it.
+processes, those that decode for ours, and the threads of ours with the images in memory.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
     decoded, in_memory = (ImageDataset(data.train, labels, height, width) for _ in range(2))
     transform = TrainTransform(height, width, padding=PADDING)
     start = time.perf_counter()
-    cache_images(in_memory, "ram")
+    cache_images(in_memory, "ram", workers=options.workers)
     seconds = time.perf_counter() - start
     rival = OneByOne([record.path for record in data.train], labels, height, width)
 

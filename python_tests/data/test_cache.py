@@ -26,17 +26,13 @@ def records(tmp_path: Path) -> list[ImageRecord]:
     return [ImageRecord(str(write_image(tmp_path / f"{i:02d}.png", i)), i // 2, 1) for i in range(9)]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_every_image_is_decoded_once(records: list[ImageRecord], threads: int) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_is_decoded_once(records: list[ImageRecord], workers: int, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "_BATCH", 4)
     decoded = ImageDataset(records, None, 8, 4)
     expected = [decoded[i][0] for i in range(9)]
     dataset = ImageDataset(records, None, 8, 4)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert cache_images(dataset, "ram") is None
-    finally:
-        torch.set_num_threads(before)
+    assert cache_images(dataset, "ram", workers=workers) is None
     assert dataset.pixels is not None
     assert dataset.pixels.dtype == torch.uint8
     assert torch.equal(dataset.pixels, torch.stack(expected))

@@ -149,7 +149,8 @@ def test_an_image_that_becomes_unreadable(few, undisturbed, small_market, tmp_pa
 
 
 @pytest.mark.skipif(folder.fcntl is None, reason="needs POSIX")
-def test_two_runs_in_one_folder_are_refused(few, tmp_path, capsys):
+def test_two_runs_in_one_folder_are_refused(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folder, "WAIT", 0.3)
     out = tmp_path / "run"
     with only_run_in(out):  # as another process would: the lock belongs to the open folder, not to the process
         for more in ([], ["--resume"]):
@@ -161,7 +162,9 @@ def test_two_runs_in_one_folder_are_refused(few, tmp_path, capsys):
 
 
 @pytest.mark.skipif(folder.fcntl is None, reason="needs POSIX")
-def test_a_killed_process_holds_no_folder(tmp_path):
+def test_a_killed_process_holds_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "WAIT", 0.3)
+
     def hold(ready):
         with only_run_in(tmp_path / "run"):
             ready.set()
@@ -221,7 +224,7 @@ def die_at(moment: str, number: int) -> None:
 def test_killed_twenty_times_at_random_moments(options, tmp_path, seed):
     """Half of the kills strike a step or the writing of a checkpoint, half any moment at all; the end is exact."""
     small = [*options, "--image-size", "32x16", "--batch-size", "4", "--set", "run.checkpoint_steps=1"]
-    small += ["--max-steps", "5", "--set", "model.spectral_norm=false"]
+    small += ["--max-steps", "4", "--set", "model.spectral_norm=false", "--set", "train.momentum=0"]
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
     start = time.monotonic()
     assert main([*small, "--out", str(undisturbed)]) == 0
@@ -243,7 +246,7 @@ def test_killed_twenty_times_at_random_moments(options, tmp_path, seed):
         moment = draw.choice(["step", "write", "replace", None, None, None])
         process = get_context("fork").Process(target=child, args=(moment, draw.randint(1, 2)))
         process.start()
-        process.join(None if moment else draw.uniform(0, 0.4 * seconds))
+        process.join(None if moment else draw.uniform(0, 0.3 * seconds))
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), process.exitcode

@@ -92,7 +92,7 @@ def test_killed_anywhere_and_resumed(options, undisturbed, tmp_path):
         else:
             assert load_checkpoint(out / "last.pt")["step"] == saved, moment
         assert not (out / "result.json").exists()
-    assert main([*arguments, "--resume", "--workers", "1"]) == 0
+    assert main([*arguments, "--resume", "--workers", "1", "--cache", "off"]) == 0
     assert_same_end(undisturbed(options), out)
     steps = scalars(out, "loss")
     assert steps == sorted(set(steps)), "a resume must not leave a step twice"
@@ -127,7 +127,7 @@ def test_signals_save_and_leave(signum, code, options, undisturbed, tmp_path, mo
 def test_ctrl_c_with_workers(options, undisturbed, tmp_path):
     """A terminal sends SIGINT to the workers too, which must not take the step under way with them."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "sabmn_ext.train", *options, "--workers", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "sabmn_ext.train", *options, "--workers", "2", "--cache", "off", "--out", str(out)]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as run:

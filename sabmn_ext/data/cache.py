@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 from .images import ImageDataset
 
 CACHES = ("auto", "ram", "off")
+_BATCH = 64
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
@@ -31,10 +32,13 @@ def available_memory() -> int:
         return available
 
 
-def cache_images(dataset: ImageDataset, cache: str = "auto", *, sharers: int = 1, progress: bool = False) -> str | None:
-    """Decodes all images of `dataset` into its memory, with as many threads as torch uses.
+def cache_images(
+    dataset: ImageDataset, cache: str = "auto", *, workers: int = 0, sharers: int = 1, progress: bool = False
+) -> str | None:
+    """Decodes all images of `dataset` into its memory.
 
     cache: "ram"; "auto", which does it where the images take at most half of the memory that is available; "off".
+    workers: processes that decode; 0: this one.
     sharers: processes of this machine that do the same.
 
     Returns a note for the user if "auto" decided against it. Raises UnreadableImageError as the data set does.
@@ -55,18 +59,13 @@ def cache_images(dataset: ImageDataset, cache: str = "auto", *, sharers: int = 1
 
     pixels = torch.empty((len(dataset), 3, dataset.height, dataset.width), dtype=torch.uint8)
     sources = torch.empty(len(dataset), dtype=torch.int64)
-
-    def decode(i: int) -> None:
-        image, _, sources[i] = dataset[i]
-        pixels.numpy()[i] = image.numpy()  # numpy's copy, for the reason that load_image has
-
-    threads = ThreadPoolExecutor(torch.get_num_threads())  # Pillow decodes and resizes outside of Python's lock
-    try:
-        shown = progress and sys.stderr.isatty()
-        for _ in tqdm(threads.map(decode, range(len(dataset))), "decoding", len(dataset), unit="image", leave=False,
-                      disable=not shown):  # fmt: skip
-            pass
-    finally:
-        threads.shutdown(cancel_futures=True)
+    loader = DataLoader(dataset, batch_size=_BATCH, num_workers=workers, generator=torch.Generator())
+    done = 0
+    shown = progress and sys.stderr.isatty()
+    with tqdm(total=len(dataset), desc="decoding", unit="image", leave=False, disable=not shown) as bar:
+        for images, _, indices in loader:
+            pixels[done : done + len(images)], sources[done : done + len(images)] = images, indices
+            done += len(images)
+            bar.update(len(images))
     dataset.pixels, dataset.sources = pixels, sources
     return None

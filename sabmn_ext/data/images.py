@@ -54,8 +54,7 @@ def load_image(path: str, height: int, width: int) -> torch.Tensor:
             f"cannot read image {path} ({type(error).__name__}: {error}). Repair or remove the file, "
             "or choose to skip unreadable images (on_error='skip')"
         ) from error
-    # numpy's copy, since torch's would be shared among threads of its own in every thread that decodes
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def check_on_error(on_error: str) -> None:

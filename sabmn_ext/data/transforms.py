@@ -130,16 +130,16 @@ class TrainTransform:
         flip, corner, box = (each[share or slice(None)] for each in whole)
         if len(flip) != count:
             raise ValueError(f"share must have an image of the batch for each of {count} images, got {len(flip)}")
-        if flip.any():
-            mirrored = flip.nonzero()[:, 0].to(images.device)
-            images = images.index_copy(0, mirrored, images.index_select(0, mirrored).flip(3))
-        if self.padding:
-            padded = functional.pad(images, (self.padding,) * 4)
-            images = torch.stack(
-                [padded[i, :, y : y + self.height, x : x + self.width] for i, (y, x) in enumerate(corner.tolist())]
-            )
+        pad, crops = self.padding, []
+        padded = functional.pad(images, (pad,) * 4) if pad else images
+        for image, mirrored, (y, x) in zip(padded, flip.tolist(), corner.tolist(), strict=True):
+            x = 2 * pad - x if mirrored else x  # the crop of the mirror image is the mirrored crop at the other side
+            crop = image[:, y : y + self.height, x : x + self.width]
+            crops.append(crop.flip(2) if mirrored else crop)
+        # Slices: one gather over the batch, or masks, would take several times as long on a CPU.
+        images = torch.stack(crops)
         out = normalize(images)
         for image, (top, left, h, w) in zip(out, box.tolist(), strict=True):
-            if h:  # a mask would cost a pass over the whole batch
+            if h:
                 image[:, top : top + h, left : left + w] = 0
         return out

@@ -56,7 +56,7 @@ class DataKeys:
         choices=("auto", "ram", "off"),
         harmless=True,
     )
-    workers: int = _key(0, "processes that decode what is not in memory; 0: in the main one", low=0, harmless=True)
+    workers: int = _key(0, "processes that decode images; 0: in the main one", low=0, harmless=True)
 
 
 @dataclass

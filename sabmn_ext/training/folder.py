@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ try:
     import fcntl
 except ImportError:  # not POSIX: two runs in one folder are the user's own care
     fcntl = None  # type: ignore[assignment]
+
+WAIT = 10.0  # seconds; the decoding processes of a run that was killed hold its folder until they notice
 
 
 @contextmanager
@@ -27,10 +30,16 @@ def only_run_in(out: Path) -> Iterator[None]:
         return
     handle = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process trains in {out} now: wait for it, or give another --out") from None
+        deadline = time.monotonic() + WAIT
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    message = f"another process trains in {out} now: wait for it, or give another --out"
+                    raise ValueError(message) from None
+                time.sleep(0.1)
         yield
     finally:
         os.close(handle)

@@ -523,7 +523,9 @@ def _train(config: Config, out: Path, resume: bool, job: Job, stop: StopRequest)
     trainer = Trainer(config, data, out, state, stop, job)
     progress = config.run.progress and job.rank == 0
     too_large = job.run(
-        lambda: cache_images(trainer.dataset, keys.cache, sharers=job.local_size, progress=progress)
+        lambda: cache_images(
+            trainer.dataset, keys.cache, workers=keys.workers, sharers=job.local_size, progress=progress
+        )
     )
     if too_large:
         say(f"note: {too_large}")
