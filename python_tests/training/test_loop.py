@@ -142,21 +142,6 @@ def test_a_run_ends_with_a_report(options, tmp_path, capsys):
     assert pictures >= {"loss.png", "gamma.png", "cmc.png", "counterfactuals.png", "query3_attention.png"}
 
 
-def test_a_report_that_fails_costs_nothing_else(options, tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("sabmn_ext.report.page.write_report", full)
-    result = run(options, tmp_path / "run", "--set", "run.report=true", "--max-steps", "1")
-    assert result["steps"] == 1
-    printed = capsys.readouterr().out
-    files = f"--checkpoint {tmp_path / 'run' / 'last.pt'} --report {tmp_path / 'run' / 'report'}"
-    again = f"python -m sabmn_ext.evaluate {files}"
-    assert f"no report: no space left. Everything else is written; the report alone: {again}" in printed
-    assert "trained" in printed
-    assert "report.html" not in printed
-
-
 def test_without_attention_its_figures_are_null(options, tmp_path):
     result = run(options, tmp_path / "run", "--set", "model.attention_stage=none", "--max-steps", "1")
     assert [result[key] for key in ("gamma", "attention_ratio", "map_gamma_zero")] == [None, None, None]

@@ -42,8 +42,7 @@ def attention_maps(network: Network, paths: Sequence[str]) -> tuple[Tensor, tupl
     def look(_: Any, inputs: tuple[Tensor, ...], __: Tensor) -> None:
         x = inputs[0]  # [B, C, H, W]
         grid.append((x.shape[2], x.shape[3]))
-        biases = {"b_query": block.query.bias, "b_key": block.key.bias}
-        found.append(attention_map(x, block.query.weight, block.key.weight, **biases).float().cpu())
+        found.append(attention_map(x, block.query.weight, block.key.weight).cpu())
 
     images = torch.stack([load_image(path, network.height, network.width) for path in paths])
     training = network.model.training

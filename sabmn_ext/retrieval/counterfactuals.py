@@ -74,18 +74,9 @@ def _all_variants(block: Any, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
     """In place of the block's output [B, C, H, W]: that and the three others, [4·B, C, H, W]."""
     x = inputs[0].to(y.dtype)
     # Logits of 0 make uniform rows, by the same kernel and in the same precision as the block's own.
-    uniform = self_attention2d(
-        inputs[0],
-        torch.zeros_like(block.query.weight),
-        block.key.weight,
-        block.value.weight,
-        None if block.out is None else block.out.weight,
-        block.gamma,
-        b_key=block.key.bias,
-        b_value=block.value.bias,
-        b_out=None if block.out is None else block.out.bias,
-        backend=block.backend,
-    )
+    no_query = torch.zeros_like(block.query.weight)
+    weights = no_query, block.key.weight, block.value.weight, block.out.weight
+    uniform = self_attention2d(inputs[0], *weights, block.gamma, backend=block.backend)
     # With its rows exchanged the map gives position j what it gave position π(j): γ·a = y − x moves there.
     order = torch.randperm(x.shape[2:].numel(), generator=torch.Generator().manual_seed(_SEED)).to(x.device)
     shuffled = x + (y - x).flatten(2)[:, :, order].view_as(x)
