@@ -69,23 +69,34 @@ struct Backward {
 
     F* context_at(int64_t image, int64_t first) { return context + image * of_context + cut.at(0, dv, first); }
 
-    // Phase 1: f·context, D, gamma's part, and the queries in chunks.
-    void context_of_tile(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
+    // Phase 1, of up to two tiles: f·context, D, gamma's part, and the queries in chunks.
+    void context_of_tiles(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         F* const tile = arena.take(chunk * lanes);
-        F* const sums = arena.take(dv * lanes);
         F* const out = arena.take(dv * lanes);
-        const Window<T> grad_y(g.grad_y, in.sizes.width, image, first, count);
-        F rows[lanes], bias_terms[lanes] = {}, factors[lanes] = {};
+        F* const sums = arena.take(tiles_together * dv * lanes);
+        const Windows<T> grad_y(g.grad_y, in.sizes.width, image, first, count);
+        F bias_terms[tiles_together * lanes] = {};
         for (int64_t c = 0; c < C; c += chunk) {
             const int64_t channels = smaller(chunk, C - c);
-            F* const to = in.w_out ? tile : sums + c * lanes;
-            grad_y.load(c, channels, to);
-            if (in.w_out) product(dv, count, channels, Left<F>{w_out + c, C, 1}, tile, lanes, sums, lanes, c > 0);
-            if (const T* const bias = static_cast<const T*>(in.b_out))
-                each_vector<F>(channels, count, [&](int64_t row, int64_t lane, int64_t at) {
-                    vector_at(bias_terms + lane) += vector_at(to + at) * widen(bias[c + row]);
-                });
+            each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
+                F* const sum = sums + t * dv * lanes;
+                F* const to = in.w_out ? tile : sum + c * lanes;
+                grad_y[t].load(c, channels, to);
+                if (in.w_out)
+                    product(dv, positions, channels, Left<F>{w_out + c, C, 1}, tile, lanes, sum, lanes, c > 0);
+                if (const T* const bias = static_cast<const T*>(in.b_out))
+                    each_vector<F>(channels, positions, [&](int64_t row, int64_t lane, int64_t at) {
+                        vector_at(bias_terms + t * lanes + lane) += vector_at(to + at) * widen(bias[c + row]);
+                    });
+            });
         }
+        each_tile(first, count, [&](int64_t t, int64_t begin, int64_t positions) {
+            keep_context(image, begin, positions, sums + t * dv * lanes, bias_terms + t * lanes, out);
+        });
+    }
+
+    void keep_context(int64_t image, int64_t first, int64_t count, F* sums, const F* bias_terms, F* out) {
+        F rows[lanes], factors[lanes] = {};
         load_tile<T>(static_cast<const T*>(in.out) + image * dv * N + first, dv, N, count, out);
         row_dots(dv, count, sums, out, lanes, rows);
         const int64_t position = image * N + first;
@@ -174,24 +185,30 @@ struct Backward {
                      context + image * of_context + first * row, row);
     }
 
-    void image_gradient_of_tile(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-        F* const tile = arena.take(chunk * lanes);
-        F* const sums = arena.take((2 * dk + dv) * lanes);  // of query, key, value
-        const F* const rows = gradients + (image * N + first) * columns;
-        const auto turn = [&](int64_t from, int64_t width, F* to) {
-            transpose<F>(count, width, [=](int64_t lane) { return rows + lane * columns + from; }, to, lanes);
-        };
-        turn(0, dk, sums);
-        turn(at_key, dk, sums + dk * lanes);
-        turn(at_value, dv, sums + 2 * dk * lanes);
-        const Window<T> grad_y(g.grad_y, in.sizes.width, image, first, count);
-        const Window<T> grad_x(g.grad_x, in.sizes.width, image, first, count);
+    void image_gradient_of_tiles(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         const int64_t depth = 2 * dk + dv;
+        F* const tile = arena.take(chunk * lanes);
+        F* const sums = arena.take(tiles_together * depth * lanes);  // of query, key, value
+        each_tile(first, count, [&](int64_t t, int64_t begin, int64_t positions) {
+            const F* const rows = gradients + (image * N + begin) * columns;
+            F* const sum = sums + t * depth * lanes;
+            const auto turn = [&](int64_t from, int64_t width, F* to) {
+                transpose<F>(positions, width, [=](int64_t lane) { return rows + lane * columns + from; }, to, lanes);
+            };
+            turn(0, dk, sum);
+            turn(at_key, dk, sum + dk * lanes);
+            turn(at_value, dv, sum + 2 * dk * lanes);
+        });
+        const Windows<T> grad_y(g.grad_y, in.sizes.width, image, first, count);
+        const Windows<T> grad_x(g.grad_x, in.sizes.width, image, first, count);
         for (int64_t c = 0; c < C; c += chunk) {
             const int64_t channels = smaller(chunk, C - c);
-            grad_y.load(c, channels, tile);
-            product(channels, count, depth, Left<F>{w_in + c * depth, depth, 1}, sums, lanes, tile, lanes, true);
-            grad_x.store(c, channels, tile);
+            each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
+                const F* const sum = sums + t * depth * lanes;
+                grad_y[t].load(c, channels, tile);
+                product(channels, positions, depth, Left<F>{w_in + c * depth, depth, 1}, sum, lanes, tile, lanes, true);
+                grad_x[t].store(c, channels, tile);
+            });
         }
     }
 
@@ -268,14 +285,17 @@ struct Backward {
             transpose_weight(in.w_value, dv, C, w_in + 2 * dk, depth);
         }
         const auto contexts = tile_by_tile(in, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-            context_of_tile(image, first, count, arena);
+            context_of_tiles(image, first, count, arena);
         });
         const auto attention = [&](int64_t image, int64_t, Arena<F> arena) {
             attention_of_part(image, 0, gradients + image * N * columns, columns, arena);
         };
         const auto image_gradients = tile_by_tile(in, [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-            if (g.w_out) out_of_tile(image, first, count, arena);
-            if (g.grad_x.data) image_gradient_of_tile(image, first, count, arena);
+            if (g.w_out)
+                each_tile(first, count, [&](int64_t, int64_t begin, int64_t positions) {
+                    out_of_tile(image, begin, positions, arena);
+                });
+            if (g.grad_x.data) image_gradient_of_tiles(image, first, count, arena);
         });
         if (parts.parts == 1) {
             each_image(in, scratch, per_thread, contexts, Phase<decltype(attention)>{of_map, attention}, image_gradients);

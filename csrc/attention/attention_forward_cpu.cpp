@@ -26,25 +26,12 @@ struct Projection {
     F* chunks;         // the same as the products read it (workspace.h), or null
 };
 
-// query, key and value of a tile.
+// The sums of a tile's query, key and value get their biases and go where they belong.
 template <typename T>
-void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], int64_t image, int64_t first,
-             int64_t count, Arena<Wide<T>> arena) {
+void keep_projections(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], int64_t image, int64_t first,
+                      int64_t count, Wide<T>* from) {
     using F = Wide<T>;
-    const int64_t C = in.sizes.channels, N = in.sizes.positions();
-    F* const tile = arena.take(chunk * lanes);
-    F* const sums = arena.take((parts[0].rows + parts[1].rows + parts[2].rows) * lanes);
-    const Window<T> x(in.x, in.sizes.width, image, first, count);
-    for (int64_t c = 0; c < C; c += chunk) {
-        const int64_t channels = smaller(chunk, C - c);
-        x.load(c, channels, tile);
-        F* to = sums;
-        for (const auto& part : parts) {
-            product(part.rows, count, channels, Left<F>{part.weight + c, C, 1}, tile, lanes, to, lanes, c > 0);
-            to += part.rows * lanes;
-        }
-    }
-    F* from = sums;
+    const int64_t N = in.sizes.positions();
     for (const auto& part : parts) {
         if (const T* const bias = static_cast<const T*>(part.bias))
             each_vector<F>(part.rows, count, [=](int64_t row, int64_t, int64_t at) {
@@ -59,6 +46,32 @@ void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], i
         }
         from += part.rows * lanes;
     }
+}
+
+// query, key and value of up to two tiles.
+template <typename T>
+void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], int64_t image, int64_t first,
+             int64_t count, Arena<Wide<T>> arena) {
+    using F = Wide<T>;
+    const int64_t C = in.sizes.channels;
+    F* const tile = arena.take(chunk * lanes);
+    const int64_t rows = parts[0].rows + parts[1].rows + parts[2].rows;
+    F* const sums = arena.take(tiles_together * rows * lanes);
+    const Windows<T> x(in.x, in.sizes.width, image, first, count);
+    for (int64_t c = 0; c < C; c += chunk) {
+        const int64_t channels = smaller(chunk, C - c);
+        each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
+            x[t].load(c, channels, tile);
+            F* to = sums + t * rows * lanes;
+            for (const auto& part : parts) {
+                product(part.rows, positions, channels, Left<F>{part.weight + c, C, 1}, tile, lanes, to, lanes, c > 0);
+                to += part.rows * lanes;
+            }
+        });
+    }
+    each_tile(first, count, [&](int64_t t, int64_t begin, int64_t positions) {
+        keep_projections<T>(in, parts, image, begin, positions, sums + t * rows * lanes);
+    });
 }
 
 // The running softmax of a tile of queries.
@@ -103,17 +116,13 @@ void online_softmax(int64_t keys, int64_t count, F* map, Softmax<F>& softmax, in
     }
 }
 
-// out, lse and y of a tile of queries.
+// out and lse of a tile of queries; leaves gamma · out.
 template <typename T>
-void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys, const Wide<T>* values,
-            const Image& y, int64_t image, int64_t first, int64_t count, Arena<Wide<T>> arena) {
+void attend(const AttentionInputs& in, const Wide<T>* keys, const Wide<T>* values, int64_t image, int64_t first,
+            int64_t count, Wide<T>* map, Wide<T>* query, Wide<T>* out) {
     using F = Wide<T>;
-    const int64_t N = in.sizes.positions(), C = in.sizes.channels, dk = in.sizes.key_width, dv = in.sizes.value_width;
-    F* const map = arena.take(chunk * lanes);  // [keys of a chunk][queries]
-    F* const query = arena.take(dk * lanes);
-    F* const out = arena.take(dv * lanes);
+    const int64_t N = in.sizes.positions(), dk = in.sizes.key_width, dv = in.sizes.value_width;
     const AttentionChunks cut(in.sizes);
-    const Window<T> x(in.x, in.sizes.width, image, first, count), to(y, in.sizes.width, image, first, count);
     Softmax<F> softmax;
     load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count, query);
     for (int64_t i = 0; i < N; i += chunk) {
@@ -133,24 +142,42 @@ void attend(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys
         lse[lane] = softmax.maximum[lane];
         lse[N + lane] = static_cast<F>(__builtin_log(softmax.total[lane]));
     }
-
-    F* const tile = map;
     const F gamma = *static_cast<const F*>(in.gamma);
     each_vector<F>(dv, count, [=](int64_t, int64_t, int64_t at) { vector_at(out + at) *= gamma; });
+}
+
+// out, lse and y of up to two tiles of queries.
+template <typename T>
+void attend_and_project(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys, const Wide<T>* values,
+                        const Image& y, int64_t image, int64_t first, int64_t count, Arena<Wide<T>> arena) {
+    using F = Wide<T>;
+    const int64_t C = in.sizes.channels, dk = in.sizes.key_width, dv = in.sizes.value_width;
+    F* const map = arena.take(chunk * lanes);  // [keys of a chunk][queries], then y
+    F* const query = arena.take(dk * lanes);
+    F* const outs = arena.take(tiles_together * dv * lanes);
+    each_tile(first, count, [&](int64_t t, int64_t begin, int64_t positions) {
+        attend<T>(in, keys, values, image, begin, positions, map, query, outs + t * dv * lanes);
+    });
+    const F gamma = *static_cast<const F*>(in.gamma);
+    const Windows<T> x(in.x, in.sizes.width, image, first, count), to(y, in.sizes.width, image, first, count);
     for (int64_t c = 0; c < C; c += chunk) {
         const int64_t channels = smaller(chunk, C - c);
-        x.load(c, channels, tile);
-        if (w_out)
-            product(channels, count, dv, Left<F>{w_out + c * dv, dv, 1}, out, lanes, tile, lanes, true);
-        else
-            each_vector<F>(channels, count, [=](int64_t, int64_t, int64_t at) {
-                vector_at(tile + at) += vector_at(out + c * lanes + at);
-            });
-        if (const T* const bias = static_cast<const T*>(in.b_out))
-            each_vector<F>(channels, count, [=](int64_t row, int64_t, int64_t at) {
-                vector_at(tile + at) += gamma * widen(bias[c + row]);
-            });
-        to.store(c, channels, tile);
+        each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
+            F* const tile = map;
+            const F* const out = outs + t * dv * lanes;
+            x[t].load(c, channels, tile);
+            if (w_out)
+                product(channels, positions, dv, Left<F>{w_out + c * dv, dv, 1}, out, lanes, tile, lanes, true);
+            else
+                each_vector<F>(channels, positions, [=](int64_t, int64_t, int64_t at) {
+                    vector_at(tile + at) += vector_at(out + c * lanes + at);
+                });
+            if (const T* const bias = static_cast<const T*>(in.b_out))
+                each_vector<F>(channels, positions, [=](int64_t row, int64_t, int64_t at) {
+                    vector_at(tile + at) += gamma * widen(bias[c + row]);
+                });
+            to[t].store(c, channels, tile);
+        });
     }
 }
 
@@ -174,7 +201,7 @@ Status forward(const AttentionInputs& in, const Image& y) {
         project<T>(in, parts, image, first, count, arena);
     };
     const auto attention = [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-        attend<T>(in, w_out, keys, values, y, image, first, count, arena);
+        attend_and_project<T>(in, w_out, keys, values, y, image, first, count, arena);
     };
     each_image(in, scratch, per_thread, tile_by_tile(in, projection), tile_by_tile(in, attention));
     return ok;

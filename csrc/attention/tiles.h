@@ -12,6 +12,8 @@ namespace sabmn {
 namespace SABMN_ISA {
 
 constexpr std::int64_t lanes = attention_lanes, chunk = attention_chunk;
+// Tiles that products with the weights take together, so that wide weights are fetched half as often.
+constexpr std::int64_t tiles_together = 2;
 
 static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 static inline std::int64_t blocks_of(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
@@ -151,6 +153,16 @@ private:
     }
 };
 
+// The windows of tiles_together tiles; those after `positions` are empty.
+template <typename T>
+struct Windows {
+    Window<T> windows[tiles_together];
+    Windows(const Image& image, std::int64_t width, std::int64_t batch, std::int64_t first, std::int64_t positions)
+        : windows{{image, width, batch, first, smaller(lanes, positions)},
+                  {image, width, batch, first + lanes, positions > lanes ? positions - lanes : 0}} {}
+    const Window<T>& operator[](std::int64_t tile) const { return windows[tile]; }
+};
+
 // Hands out pieces of a block of memory, one after the other, each on a cache line of its own.
 template <typename T>
 struct Arena {
@@ -171,6 +183,11 @@ static void each_job(const AttentionInputs& in, F* scratch, std::int64_t scratch
         body(job, Arena<F>{scratch + omp_get_thread_num() * scratch_of_thread});
 }
 
+// Whether whole images give the threads equal work.
+static inline bool image_by_image(const AttentionInputs& in) {
+    return in.sizes.batch % in.threads == 0 || in.sizes.batch >= 8 * in.threads;
+}
+
 // A phase of the work on an image: body(image, job, scratch) for each of its jobs.
 template <typename Body>
 struct Phase {
@@ -178,22 +195,29 @@ struct Phase {
     Body body;
 };
 
-// The phase that calls body(image, first position, positions, scratch) for each tile of positions.
+// The phase that calls body(image, first position, positions, scratch) for each tile of positions, or for each two.
 template <typename Body>
 static auto tile_by_tile(const AttentionInputs& in, Body body) {
-    const std::int64_t positions = in.sizes.positions();
-    const auto tile = [=](std::int64_t image, std::int64_t job, auto arena) {
-        body(image, job * lanes, smaller(lanes, positions - job * lanes), arena);
+    const std::int64_t positions = in.sizes.positions(), step = (image_by_image(in) ? tiles_together : 1) * lanes;
+    const auto tiles = [=](std::int64_t image, std::int64_t job, auto arena) {
+        body(image, job * step, smaller(step, positions - job * step), arena);
     };
-    return Phase<decltype(tile)>{blocks_of(positions, lanes), tile};
+    return Phase<decltype(tiles)>{blocks_of(positions, step), tiles};
 }
 
-// Takes every image through the phases. Where whole images give the threads equal work, a thread takes one through all
-// of them while it is in the cache; else the threads share the jobs of one phase after the other.
+// Calls body(tile, first position, positions) for each tile of `count` positions.
+template <typename Body>
+static inline void each_tile(std::int64_t first, std::int64_t count, Body body) {
+    for (std::int64_t tile = 0; tile * lanes < count; ++tile)
+        body(tile, first + tile * lanes, smaller(lanes, count - tile * lanes));
+}
+
+// Takes every image through the phases. Where that gives the threads equal work, a thread takes an image through all of
+// them while it is in the cache; else the threads share the jobs of one phase after the other.
 template <typename F, typename... Bodies>
 static void each_image(const AttentionInputs& in, F* scratch, std::int64_t scratch_of_thread, Phase<Bodies>... phases) {
     const std::int64_t images = in.sizes.batch;
-    if (images % in.threads == 0 || images >= 8 * in.threads) {
+    if (image_by_image(in)) {
         each_job(in, scratch, scratch_of_thread, images, [&](std::int64_t image, Arena<F> arena) {
             const auto run = [&](auto& phase) {
                 for (std::int64_t job = 0; job < phase.jobs; ++job) phase.body(image, job, arena);
