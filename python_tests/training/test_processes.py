@@ -99,6 +99,7 @@ def test_samples_gradients_and_figures_are_those_of_one_process(few, tmp_path, s
     assert load_checkpoint(out / "last.pt")["processes"] == size
 
 
+@pytest.mark.heavy
 def test_stopped_and_resumed(few, tmp_path):
     """A signal to one of the processes stops both after the same step; their run ends as the undisturbed one."""
     out, whole = tmp_path / "run", tmp_path / "whole"
