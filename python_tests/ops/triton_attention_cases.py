@@ -51,7 +51,8 @@ SIZES = [
     (1, 12, 7, 3, 320, 300, True, True),  # in slices of all
     (1, 270, 5, 4, 30, 270, True, False),  # in slices of the values
 ]
-LONG = [(1, 16, 43, 12, 32, 32, True, True), (1, 33, 19, 9, 128, 200, False, True), (5, 140, 3, 3, 64, 64, True, True)]
+LONG = [(1, 16, 43, 12, 32, 32, True, True), (5, 140, 3, 3, 64, 64, True, True)]
+TURNS = [[0], [0, 1, 2], [0], [1], [1], [2], [1], [2]]  # of DTYPES, for SIZES: exact fp32 takes the interpreter longest
 LAYOUTS = ["contiguous", "channels_last", "sliced", "sliced channels_last"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -61,7 +62,7 @@ def on_device(inputs: Inputs) -> Inputs:
 
 
 def drawn(sizes: tuple[int, ...], seed: int, dtype: torch.dtype, layout: str = "contiguous") -> list[Inputs]:
-    # Of single numbers many draws are compared: see attention_cases.check.
+    # Of single numbers several draws are compared: see attention_cases.check.
     return [on_device(draw(sizes, 100 * seed + i, dtype, layout)) for i in range(2)]
 
 
@@ -79,20 +80,22 @@ def check_in_turn(sizes: tuple[int, ...], seed: int, turn: int) -> None:
     check(drawn(sizes, seed, dtype, LAYOUTS[(seed + turn) // 3 % 4]), "triton")
 
 
-@pytest.mark.parametrize("i", range(len(SIZES)), ids=lambda i: str(SIZES[i]))
-def test_output_and_gradients(i: int, seed: int) -> None:
-    for turn in range(3) if i == 1 else [i]:
-        check_in_turn(SIZES[i], seed, turn)
+@pytest.mark.parametrize(("sizes", "turns"), list(zip(SIZES, TURNS, strict=True)), ids=str)
+def test_output_and_gradients(sizes: tuple[int, ...], turns: list[int], seed: int) -> None:
+    for turn in turns:
+        check_in_turn(sizes, seed, turn)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("sizes", [*SIZES[3:], *LONG], ids=str)
-def test_more_of_them(sizes: tuple[int, ...], seed: int) -> None:
-    check_in_turn(sizes, seed, (SIZES + LONG).index(sizes) + 1)
+@pytest.mark.parametrize(
+    ("sizes", "turn"), [*((SIZES[i], TURNS[i][0] + 1) for i in (4, 5, 6, 7)), (LONG[0], 0), (LONG[1], 2)]
+)
+def test_more_of_them(sizes: tuple[int, ...], turn: int, seed: int) -> None:
+    check_in_turn(sizes, seed, turn)
 
 
 @pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("sizes", [SIZES[3], SIZES[4]], ids=str)
+@pytest.mark.parametrize("sizes", [SIZES[4]], ids=str)
 def test_tf32(sizes: tuple[int, ...], seed: int) -> None:
     check(drawn(sizes, seed, torch.float32), "triton")
 
@@ -105,7 +108,7 @@ def test_the_precision_switch_of_matmul_decides(tf32: None) -> None:
 
 
 def test_rows_that_are_almost_one_hot(seed: int) -> None:
-    check([on_device(sharp(SIZES[1], 100 * seed + i, torch.float32)) for i in range(3)], "triton")
+    check([on_device(sharp(SIZES[1], 100 * seed + i, torch.float32)) for i in range(2)], "triton")
 
 
 def test_logits_far_below_those_of_padding(seed: int) -> None:
@@ -186,9 +189,9 @@ def test_tuning_on_request_times_every_configuration(seed: int, monkeypatch: pyt
         monkeypatch.setattr(Autotuner, "do_bench", property(lambda self: do_bench))
     monkeypatch.setenv("SABMN_TRITON_AUTOTUNE", "1")
     launches._tuned.cache_clear()
-    check(drawn(SIZES[1], seed, torch.float16), "triton")
+    check(drawn(SIZES[0], seed, torch.float16), "triton")
     assert launches._tuned.cache_info().currsize >= 7, "not every kernel was tuned"
-    options = launches._forward("half", values=32)
+    options = launches._forward("half", values=16)
     frozen = tuple(tuple(configuration.items()) for configuration in options)
     best = launches._tuned(launches.kernels.attention_forward_kernel, frozen).best_config.all_kwargs()
     taken = {name: best[name] for name in options[0]}

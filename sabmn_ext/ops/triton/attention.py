@@ -64,10 +64,12 @@ def _forward(kind: str, values: int) -> list[Configuration]:
         table = [(64, 32, 4, 1), (32, 32, 4, 1)]
     elif kind == "tf32":
         table = [(64, 32, 8 if values > 64 else 4, 2), (64, 64, 8, 2)]
-    elif values <= 64:
+    elif values <= 32:
         table = [(128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)]
+    elif values == 64:
+        table = [(128, 64, 8, 2), (64, 64, 4, 3)]
     elif values == 128:
-        table = [(64, 64, 4, 2), (128, 64, 8, 2)]
+        table = [(64, 32, 4, 2), (128, 64, 8, 2)]
     else:
         table = [(64, 32, 8, 2), (64, 64, 8, 2)]
     return [
@@ -91,8 +93,10 @@ def _backward(kind: str, widest: int, of_queries: bool) -> list[Configuration]:
         table = [(64, 32, 4, 1), (32, 32, 4, 1)]
     elif kind == "tf32":
         table = [(64, 32, 8, 2), (32, 32, 4, 2)]
-    elif widest <= 64:
+    elif widest <= (64 if of_queries else 32):
         table = [(64, 64, 4, 2), (128, 64, 8, 2)]
+    elif widest == 64:
+        table = [(64, 32, 4, 2), (64, 64, 8, 2)]
     else:
         table = [(64, 32, 8, 2), (32, 64, 4, 1)]
     own, other = ("BLOCK_QUERIES", "BLOCK_KEYS") if of_queries else ("BLOCK_KEYS", "BLOCK_QUERIES")
