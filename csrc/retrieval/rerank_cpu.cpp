@@ -110,49 +110,73 @@ namespace {
 
 constexpr int64_t tile_rows = 32;  // of the gallery, as double: with a chunk of queries in the second-level cache
 
-// The sums of exact.h for `group` rows of the gallery at a time: as many as keep all sums in registers, since one sum alone
-// waits for its own additions.
-constexpr int group = 8 / parts;
+// The sums of exact.h, several at a time: as many as stay in registers, since one alone waits for its own additions, and for
+// two queries where there is room, since each row of the gallery then leaves the second-level cache half as often.
+constexpr int group_queries = parts == 2 ? 2 : 1, group_rows = 8 / parts;
 
 template <Metric metric>
-void group_of_sums(const double* query, const double* gallery, int64_t padded, double* out) {
-    Doubles sums[group][parts] = {};
+void group_of_sums(const double* query, const double* gallery, int64_t padded, double (*out)[group_rows]) {
+    Doubles sums[group_queries][group_rows][parts] = {};
     for (int64_t k = 0; k < padded; k += num_lanes) {
 #pragma GCC unroll 8
         for (int part = 0; part < parts; ++part) {
-            const Doubles q = load(query + k + part * double_width);
+            Doubles q[group_queries];
+#pragma GCC unroll 2
+            for (int i = 0; i < group_queries; ++i) q[i] = load(query + i * padded + k + part * double_width);
 #pragma GCC unroll 4
-            for (int row = 0; row < group; ++row) {
-                const Doubles g = load(gallery + row * padded + k + part * double_width), difference = q - g;
-                sums[row][part] += metric == Metric::cosine ? q * g : difference * difference;
+            for (int j = 0; j < group_rows; ++j) {
+                const Doubles g = load(gallery + j * padded + k + part * double_width);
+#pragma GCC unroll 2
+                for (int i = 0; i < group_queries; ++i) {
+                    const Doubles difference = q[i] - g;
+                    sums[i][j][part] += metric == Metric::cosine ? q[i] * g : difference * difference;
+                }
             }
         }
     }
-    for (int row = 0; row < group; ++row) {
-        double lanes[num_lanes];
-        for (int part = 0; part < parts; ++part) {
-            *reinterpret_cast<Doubles*>(lanes + part * double_width) = sums[row][part];
+#pragma GCC unroll 2
+    for (int i = 0; i < group_queries; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < group_rows; ++j) {
+            double lanes[num_lanes];
+#pragma GCC unroll 8
+            for (int part = 0; part < parts; ++part) {
+                *reinterpret_cast<Doubles*>(lanes + part * double_width) = sums[i][j][part];
+            }
+            for (int half = num_lanes / 2; half > 0; half /= 2) {
+                for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+            }
+            out[i][j] = lanes[0];
         }
-        for (int half = num_lanes / 2; half > 0; half /= 2) {
-            for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-        }
-        out[row] = lanes[0];
     }
 }
 
-// The distances of one query to `count` rows, which fill up whole groups in memory.
+struct Rows {
+    const double* values;  // [count rounded up to a whole group, padded]
+    const double* norms;
+    int64_t count;
+};
+
 template <Metric metric>
-void row_of_distances(const double* query, double query_norm, const double* gallery, const double* norms, int64_t padded,
-                      int64_t count, double* out) {
-    for (int64_t first = 0; first < count; first += group) {
-        double sums[group];
-        group_of_sums<metric>(query, gallery + first * padded, padded, sums);
-        for (int64_t j = first; j < smaller(first + group, count); ++j) {
-            const double total = sums[j - first];
-            out[j] = metric == Metric::cosine ? cosine_distance(total, query_norm, norms[j]) : total;
+void tile_of_distances(const Rows& query, const Rows& gallery, int64_t padded, double* out, int64_t stride) {
+    for (int64_t first_query = 0; first_query < query.count; first_query += group_queries) {
+        for (int64_t first_row = 0; first_row < gallery.count; first_row += group_rows) {
+            double sums[group_queries][group_rows];
+            group_of_sums<metric>(query.values + first_query * padded, gallery.values + first_row * padded, padded, sums);
+            for (int64_t i = first_query; i < smaller(first_query + group_queries, query.count); ++i) {
+                for (int64_t j = first_row; j < smaller(first_row + group_rows, gallery.count); ++j) {
+                    const double total = sums[i - first_query][j - first_row];
+                    out[i * stride + j] = metric == Metric::cosine
+                                              ? cosine_distance(total, query.norms[i], gallery.norms[j])
+                                              : total;
+                }
+            }
         }
     }
 }
+
+// Whole groups, and whole cache lines of doubles: a vector that crosses two lines is loaded twice.
+int64_t whole_lines(int64_t count) { return (count + 7) / 8 * 8; }
 
 // Rows as double, and their norms.
 void load_rows(const Matrix& matrix, ReadRow* read, int64_t first, int64_t count, double* rows, double* norms) {
@@ -166,7 +190,7 @@ void load_rows(const Matrix& matrix, ReadRow* read, int64_t first, int64_t count
 }  // namespace
 
 int64_t reranked_workspace(int64_t dim, int64_t gallery_rows, int64_t chunk, int threads) {
-    return threads * ((chunk + tile_rows) * (padded_dim(dim) + 1) + gallery_rows);
+    return threads * ((whole_lines(chunk) + tile_rows) * (padded_dim(dim) + 1) + whole_lines(gallery_rows));
 }
 
 int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric, const double* largest,
@@ -174,15 +198,18 @@ int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric
                        double* distances, double* workspace, int threads) {
     ReadRow* read = row_reader(query.dtype);
     if (read == nullptr) return unsupported_dtype;
-    const int64_t padded = padded_dim(query.columns), num_items = gallery.rows;
+    const int64_t padded = padded_dim(query.columns), num_items = gallery.rows, chunk_rows = whole_lines(chunk);
+    const auto tile_distances = metric == Metric::cosine ? tile_of_distances<Metric::cosine>
+                                                         : tile_of_distances<Metric::squared_euclidean>;
 #pragma omp parallel num_threads(threads)
     {
-        double* shared = workspace + omp_get_thread_num() * ((chunk + tile_rows) * (padded + 1) + num_items);
-        double* query_norms = shared + num_items;
-        double* tile_norms = query_norms + chunk;
+        double* shared = workspace + omp_get_thread_num() * reranked_workspace(query.columns, num_items, chunk, 1);
+        double* query_norms = shared + whole_lines(num_items);
+        double* tile_norms = query_norms + chunk_rows;
         double* query_values = tile_norms + tile_rows;
-        double* tile_values = query_values + chunk * padded;
-        for (int64_t i = 0; i < tile_rows * padded; ++i) tile_values[i] = 0.0;  // the last tile may not fill a group
+        double* tile_values = query_values + chunk_rows * padded;
+        // Rows that only fill up a group are computed, and must hold numbers.
+        for (int64_t i = 0; i < (chunk_rows + tile_rows) * padded; ++i) query_values[i] = 0.0;
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < query.rows; first += chunk) {
             const int64_t num_queries = smaller(chunk, query.rows - first);
@@ -190,12 +217,8 @@ int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric
             for (int64_t tile = 0; tile < num_items; tile += tile_rows) {
                 const int64_t count = smaller(tile_rows, num_items - tile);
                 load_rows(gallery, read, tile, count, tile_values, tile_norms);
-                for (int64_t i = 0; i < num_queries; ++i) {
-                    const auto row = metric == Metric::cosine ? row_of_distances<Metric::cosine>
-                                                              : row_of_distances<Metric::squared_euclidean>;
-                    row(query_values + i * padded, query_norms[i], tile_values, tile_norms, padded, count,
-                        distances + (first + i) * num_items + tile);
-                }
+                tile_distances({query_values, query_norms, num_queries}, {tile_values, tile_norms, count}, padded,
+                               distances + first * num_items + tile, num_items);
             }
             for (int64_t i = first; i < first + num_queries; ++i) {
                 for (int64_t item = 0; item < num_items; ++item) shared[item] = 0.0;
