@@ -293,5 +293,5 @@ def _settings(contents: ReportContents) -> str:
     rows = [[name.replace("_", " "), json.dumps(figures[name])] for name in known if figures.get(name) is not None]
     parts = ["<h2>Settings</h2>", _table(["", ""], [*rows, ["torch", torch.__version__]])]
     if contents.settings:
-        parts.append(f"<details><summary>all of them</summary><pre>{html.escape(contents.settings)}</pre></details>")
+        parts.append(f"<details><summary>all settings of the training</summary><pre>{html.escape(contents.settings)}</pre></details>")
     return "\n".join(parts)
