@@ -293,5 +293,6 @@ def _settings(contents: ReportContents) -> str:
     rows = [[name.replace("_", " "), json.dumps(figures[name])] for name in known if figures.get(name) is not None]
     parts = ["<h2>Settings</h2>", _table(["", ""], [*rows, ["torch", torch.__version__]])]
     if contents.settings:
-        parts.append(f"<details><summary>all of them</summary><pre>{html.escape(contents.settings)}</pre></details>")
+        text = f"<pre>{html.escape(contents.settings)}</pre>"
+        parts.append(f"<details><summary>all settings of the training</summary>{text}</details>")
     return "\n".join(parts)
