@@ -14,14 +14,14 @@ namespace sabmn {
 struct tf32 {
     std::uint32_t bits;
     tf32() = default;
-    __device__ explicit tf32(float x) : bits(__float_as_uint(x)) {}
+    __device__ explicit tf32(float x) { bits = __float_as_uint(x); }
     __device__ operator float() const { return __uint_as_float(bits); }
 };
 
 struct fp32 {
     std::uint32_t bits;
     fp32() = default;
-    __device__ explicit fp32(float x) : bits(__float_as_uint(x)) {}
+    __device__ explicit fp32(float x) { bits = __float_as_uint(x); }
     __device__ operator float() const { return __uint_as_float(bits); }
 };
 
