@@ -2,8 +2,13 @@
 
 import hashlib
 import importlib
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,3 +113,82 @@ def test_files_that_are_not_these_weights(tmp_path: Path) -> None:
     torch.save([1, 2], listed)
     with pytest.raises(RuntimeError, match="hold no state dict"):
         load_backbone_weights(backbone, "resnet50", str(listed))
+
+
+def numbered(names: dict[str, torch.Size], start: float) -> dict[str, torch.Tensor]:
+    """Tensors of these names and shapes, each full of a number of its own; a file of them is small."""
+    return {key: torch.tensor(start + i).expand(shape) for i, (key, shape) in enumerate(names.items())}
+
+
+def torchreid(state: dict[str, Any]) -> dict[str, Any]:
+    head = {"fc.0.weight": (512, 2048), "fc.0.bias": (512,), "classifier.weight": (751, 512), "classifier.bias": (751,)}
+    rank1, optimizer = np.float32(0.9), {"state": {}, "param_groups": [{"lr": 0.0003, "params": [0]}]}
+    return {"state_dict": state | numbered(head, 0), "epoch": 60, "rank1": rank1, "optimizer": optimizer}
+
+
+def bot(state: dict[str, Any]) -> dict[str, Any]:
+    neck = {f"bottleneck.{name}": (2048,) for name in ("weight", "bias", "running_mean", "running_var")}
+    return {f"base.{key}": v for key, v in state.items()} | numbered(neck | {"classifier.weight": (751, 2048)}, 0)
+
+
+def fast_reid(state: dict[str, Any]) -> dict[str, Any]:
+    neck = {f"heads.bottleneck.0.{name}": (2048,) for name in ("weight", "bias", "running_mean", "running_var")}
+    head = neck | {"heads.pool_layer.p": (1,), "heads.weight": (751, 2048), "pixel_mean": (1, 3, 1, 1)}
+    return {"model": {f"backbone.{key}": v for key, v in state.items()} | numbered(head, 0), "iteration": 9}
+
+
+def of_several_gpus(state: dict[str, Any]) -> dict[str, Any]:
+    return {f"module.{key}": value for key, value in bot(state).items()}
+
+
+def of_torchvision(state: dict[str, Any]) -> dict[str, Any]:
+    return dict(state)
+
+
+@pytest.fixture(scope="module")
+def resnet50() -> ResNet:
+    return ResNet("resnet50", last_stride=1)
+
+
+@pytest.mark.parametrize(
+    ("origin", "left_out"),
+    [
+        (torchreid, "torchreid: not .*left out: fc.0.weight, fc.0.bias, classifier.weight, classifier.bias$"),
+        (bot, "BoT .*left out: bottleneck.weight, .*, classifier.weight; .* no ReLU after the first batch norm"),
+        (fast_reid, "fast-reid: .*left out: heads.bottleneck.0.weight, .* heads.weight, pixel_mean; .* pads no"),
+        (of_several_gpus, "BoT .*left out: bottleneck.weight"),
+        (of_torchvision, None),
+    ],
+)
+def test_weights_of_other_codes(
+    resnet50: ResNet, origin: Callable[..., Any], left_out: str | None, tmp_path: Path, seed: int
+) -> None:
+    expected = numbered({key: value.shape for key, value in resnet50.state_dict().items()}, seed + len(str(left_out)))
+    torch.save(origin(expected), tmp_path / "weights.pth")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_backbone_weights(resnet50, "resnet50", str(tmp_path / "weights.pth"))
+    for key, value in resnet50.state_dict().items():
+        assert torch.equal(value, expected[key].to(value.dtype)), key
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (left_out is not None)
+    assert all(re.search(str(left_out), message) for message in messages), messages
+
+
+def test_other_networks_of_other_codes(resnet50: ResNet, tmp_path: Path) -> None:
+    """What stands within or beside the backbone and changes what it computes is refused, not left out."""
+    state = numbered({key: value.shape for key, value in resnet50.state_dict().items()}, 0)
+    instance_norm = {key.replace("layer1.0.bn1", "layer1.0.bn1.BN"): value for key, value in state.items()}
+    non_local = fast_reid(state)
+    non_local["model"]["backbone.NL_2.0.g.weight"] = torch.zeros(1)
+    for given, message in (
+        (fast_reid(instance_norm), r"not those of a resnet50: 4 missing, such as 'layer1.0.bn1.weight'; 5 unexpected"),
+        (non_local, r"not those of a resnet50: 1 unexpected, such as 'NL_2.0.g.weight'"),
+        ({**state, "attention.gamma": torch.zeros(1)}, r"1 unexpected, such as 'attention.gamma'"),
+    ):
+        torch.save(given, tmp_path / "weights.pth")
+        with pytest.raises(RuntimeError, match=message):
+            load_backbone_weights(resnet50, "resnet50", str(tmp_path / "weights.pth"))
+    torch.save(nn.Linear(2, 2), tmp_path / "network.pth")
+    with pytest.raises(RuntimeError, match=r"without running code from it.*torch.save\(model.state_dict\(\), FILE\)"):
+        load_backbone_weights(resnet50, "resnet50", str(tmp_path / "network.pth"))

@@ -3,8 +3,12 @@
 The 3×3 convolution of a bottleneck carries the stride, as in torchvision ("ResNet v1.5").
 """
 
+import pickle
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -137,12 +141,30 @@ IMAGENET_URLS = {
 }
 
 
+# How the state dicts of other codes name a ResNet: the prefix of its keys, and what stands beside it. The last is a
+# difference that the names do not show.
+_ORIGINS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "torchvision or torchreid": ("", ("fc.", "classifier."), ""),
+    "BoT (reid-strong-baseline)": (
+        "base.", ("bottleneck.", "classifier."), "it has no ReLU after the first batch normalisation"
+    ),
+    "fast-reid": (
+        "backbone.", ("heads.", "pixel_mean", "pixel_std"), "it pads nothing before the first pooling"
+    ),
+}  # fmt: skip
+
+
 def load_backbone_weights(backbone: ResNet, architecture: str, weights: str) -> None:
     """Fill ``backbone`` from ImageNet weights or a file.
 
     Args:
         weights: ``"imagenet"`` (torchvision's, downloaded once into torch.hub's folder, hash checked), ``"none"``
-            (leave the random start), or the path of a torchvision ResNet state dict; its classifier ``fc`` is ignored.
+            (leave the random start), or a file: a state dict of torchvision's, torchreid's, BoT's
+            (reid-strong-baseline) or fast-reid's ResNet, or a checkpoint of theirs that holds one, of several GPUs
+            (``module.``) too. Reading it never runs code from it.
+
+    What does not belong to the backbone, such as a classifier, is left out and named in a warning, with what differs in
+    the network that the weights come from: BoT's and fast-reid's compute a little else with the same weights.
 
     Raises:
         FileNotFoundError: no such file.
@@ -163,7 +185,11 @@ def load_backbone_weights(backbone: ResNet, architecture: str, weights: str) -> 
     else:
         state = _read_state_dict(weights)
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    names = [name for name, (prefix, _, _) in _ORIGINS.items() if f"{prefix}conv1.weight" in state]
+    origin = names[0] if names else next(iter(_ORIGINS))
+    prefix, beside, difference = _ORIGINS[origin]
+    left_out = [key for key in state if key.startswith(beside)]
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key not in left_out}
     expected = backbone.state_dict()
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
@@ -173,17 +199,42 @@ def load_backbone_weights(backbone: ResNet, architecture: str, weights: str) -> 
         found = "; ".join(f"{len(keys)} {what}, such as '{keys[0]}'" for what, keys in parts if keys)
         raise RuntimeError(f"weights '{weights}' are not those of a {architecture}: {found}")
     backbone.load_state_dict(state, strict=False)
+    if left_out and weights != "imagenet":
+        note = f"; its network is not quite this one: {difference}" if difference else ""
+        warnings.warn(
+            f"weights '{weights}' of {origin}: not of the backbone and left out: {', '.join(left_out)}{note}",
+            stacklevel=2,
+        )
+
+
+# What a pickled numpy number is made of, by the names that numpy 1 and numpy 2 write.
+_NUMPY_NUMBERS: list[Any] = [
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.float64)),
+]
 
 
 def _read_state_dict(path: str) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # torchreid's checkpoints hold a result as a numpy number beside the weights.
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"weights '{path}': no such file; expected imagenet, none, or a file") from None
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(
+            f"weights '{path}' cannot be read as a torch checkpoint without running code from it. Where it holds a "
+            f"whole network, write the weights alone with the program it comes from: torch.save(model.state_dict(), "
+            f"FILE). {error}"
+        ) from error
     except Exception as error:  # torch.load raises many kinds for files that are not checkpoints
         raise RuntimeError(f"weights '{path}' cannot be read as a torch checkpoint: {error}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for key in ("state_dict", "model"):  # torchreid's checkpoints; fast-reid's
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise RuntimeError(f"weights '{path}' hold no state dict (names and tensors)")
     return state
