@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import nn
 import sabmn_ext
 from sabmn_ext.data.transforms import normalize
 from sabmn_ext.export import main
-from sabmn_ext.ops import reference
 from sabmn_ext.retrieval import export
 from sabmn_ext.retrieval.export import FORMATS, METADATA_FILE
 from sabmn_ext.training.checkpoint import FORMAT
@@ -48,18 +46,26 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def images_and_features(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Five images, normalised, and the checkpoint's features in float32."""
+def extractor(checkpoint: Path) -> sabmn_ext.Extractor:
     extractor = sabmn_ext.Extractor(checkpoint, device="cpu")
     extractor.precision = "fp32"
+    return extractor
+
+
+@pytest.fixture(scope="module")
+def images_and_features(
+    request: pytest.FixtureRequest, extractor: sabmn_ext.Extractor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Five images, normalised, and the checkpoint's features in float32."""
     generator = torch.Generator().manual_seed(request.config.getoption("--seed"))
     images = normalize(torch.randint(0, 256, (5, 3, 48, 32), generator=generator, dtype=torch.uint8))
     features = extractor.features_of_normalized(images)
-    # Without the attention, or without the mirror images, they are others.
-    assert extractor.model.attention is not None
-    plain = sabmn_ext.Extractor(checkpoint, device="cpu", flip=False)
-    plain.precision = "fp32"
-    assert not torch.allclose(plain.features_of_normalized(images), features, rtol=1e-2)
+    # The mirror image has the same features; without the attention they are others.
+    assert torch.allclose(extractor.features_of_normalized(images.flip(3)), features, rtol=1e-3, atol=1e-5)
+    gamma = extractor.model.get_parameter("attention.gamma").data
+    gamma.zero_()
+    assert not torch.allclose(extractor.features_of_normalized(images), features, rtol=1e-2)
+    gamma.fill_(0.7)
     return images, features
 
 
@@ -86,27 +92,17 @@ def test_torch_export(
     assert 0 <= float(printed.split("at most ")[1].split(" ")[0]) < 1e-5
     assert list(tmp_path.iterdir()) == [out]
 
+    notes = {METADATA_FILE: ""}
+    program = torch.export.load(out, extra_files=notes)
+    check_metadata(json.loads(notes[METADATA_FILE]))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert all(target.startswith(("aten.", "<built-in function")) for target in targets), targets
+    assert not any("classifier" in key or "parametrizations" in key for key in program.state_dict)
     images, features = images_and_features
-    np.save(tmp_path / "images.npy", images.numpy())
-    code = (
-        "import sys; sys.modules['sabmn_ext'] = None\n"
-        "import numpy, torch\n"
-        f"notes = {{{METADATA_FILE!r}: ''}}\n"
-        f"program = torch.export.load({str(out)!r}, extra_files=notes)\n"
-        "targets = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}\n"
-        "assert all(target.startswith(('aten.', '<built-in function')) for target in targets), targets\n"
-        "assert not any('classifier' in key or 'parametrizations' in key for key in program.state_dict)\n"
-        f"images = torch.from_numpy(numpy.load({str(tmp_path / 'images.npy')!r}))\n"
-        "network = program.module()\n"
-        "whole, one = network(images), network(images[:1])\n"
-        f"numpy.save({str(tmp_path / 'features.npy')!r}, torch.cat((whole, one)).detach().numpy())\n"
-        f"print(notes[{METADATA_FILE!r}])\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    check_metadata(json.loads(result.stdout))
-    found = torch.from_numpy(np.load(tmp_path / "features.npy"))
-    assert torch.allclose(found, torch.cat((features, features[:1])), rtol=0, atol=1e-5 * float(features.abs().max()))
+    network = program.module()
+    for batch in (5, 1):
+        difference = (network(images[:batch]) - features[:batch]).abs().max()
+        assert difference <= 1e-5 * features.abs().max()
 
 
 @needs_onnx
@@ -161,12 +157,28 @@ def test_bad_arguments(
 
 
 def test_a_file_with_other_features_is_not_written(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    extractor: sabmn_ext.Extractor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = reference.self_attention2d
-    monkeypatch.setattr(reference, "self_attention2d", lambda *args, **options: 1.01 * right(*args, **options))
-    message = error_of(capsys, checkpoint, tmp_path / "network.pt2")
-    assert "network.pt2 was not written: its features would differ" in message
-    assert not list(tmp_path.iterdir())
-    extractor = sabmn_ext.Extractor(checkpoint, device="cpu")
-    assert math.isnan(export._largest_difference(extractor, lambda images: torch.full((len(images), 24), torch.nan)))
+    factors = [1.001, math.nan, 1.0]
+
+    def save(program: Any, path: str, notes: dict[str, Any]) -> None:
+        Path(path).write_bytes(b"network")
+
+    def load(path: str) -> Any:
+        assert Path(path).read_bytes() == b"network"
+        factor = factors.pop(0)
+        return lambda images: factor * extractor.features_of_normalized(images)
+
+    monkeypatch.setattr(export, "Extractor", lambda *args, **options: extractor)
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
+    monkeypatch.setitem(FORMATS, "torch-export", FORMATS["torch-export"]._replace(save=save, load=load))
+    out = tmp_path / "network.pt2"
+    for _ in range(2):
+        assert "network.pt2 was not written: its features would differ" in error_of(capsys, checkpoint, out)
+        assert not list(tmp_path.iterdir())
+    assert main(["--checkpoint", str(checkpoint), "--out", str(out), "--format", "torch-export"]) == 0
+    assert out.read_bytes() == b"network"

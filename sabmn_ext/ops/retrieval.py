@@ -2,11 +2,14 @@
 
 Private ops, apart because a gallery in several parts needs them apart: squared lengths, the distances of the true
 matches, and the counts with the histogram of the non-matches. Distances are float64 sums in a fixed order
-(``reference.pair_distances``): the same bits from every backend, tile and number of threads. The C++ kernel computes in
-float32 what is certain by a proven bound, and the rest exactly: csrc/retrieval/count_cpu.cpp.
+(``reference.pair_distances``): the same bits from every backend, tile and number of threads. The C++ and the Triton
+kernels compute in float32 what is certain by a proven bound, and the rest exactly: csrc/retrieval/count_cpu.cpp and
+ops/triton/retrieval_kernels.py.
 """
 
+import importlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +35,11 @@ _library.define(
     "str? backend) -> (Tensor, Tensor)"
 )
 for _operation in ("squared_norms", "pair_distances", "count_nonmatches"):
-    dispatch.register(_operation, cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES))
+    dispatch.register(
+        _operation,
+        triton=dispatch.triton(*dispatch.DTYPE_CODES),
+        cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
+    )
 
 
 def bins(exponent: int, *, signed: bool) -> tuple[int, int, int]:
@@ -73,6 +80,10 @@ def _check_indices(name: str, indices: Tensor, size: int) -> None:
         raise ValueError(f"{name} leaves the range 0 … {size - 1}")
 
 
+def _triton() -> Any:
+    return importlib.import_module("sabmn_ext.ops.triton.retrieval")
+
+
 def _fields(matrix: Tensor) -> tuple[int, ...]:
     return matrix.data_ptr(), *matrix.shape, *matrix.stride()
 
@@ -85,8 +96,11 @@ def _workspace(rows: int, dim: int) -> Tensor:
 
 @torch.library.impl(_library, "squared_norms", "CompositeExplicitAutograd")
 def _squared_norms(features: Tensor, backend: str | None) -> Tensor:
-    if dispatch.choose("squared_norms", backend, features.device, features.dtype) == "torch":
+    chosen = dispatch.choose("squared_norms", backend, features.device, features.dtype)
+    if chosen == "torch":
         return reference.squared_norms(features)
+    if chosen == "triton":
+        return _triton().squared_norms(features)  # type: ignore[no-any-return]
     assert _native.module is not None
     norms, workspace = torch.empty(len(features), dtype=torch.float64), _workspace(1, features.shape[1])
     code, threads = dispatch.DTYPE_CODES[features.dtype], torch.get_num_threads()
@@ -100,13 +114,17 @@ def _pair_distances(
     query: Tensor, gallery: Tensor, query_indices: Tensor, gallery_indices: Tensor, metric: str, backend: str | None
 ) -> Tensor:
     _check(query, gallery, metric, (query_indices, gallery_indices))
-    if dispatch.choose("pair_distances", backend, query.device, query.dtype) == "torch":
+    chosen = dispatch.choose("pair_distances", backend, query.device, query.dtype)
+    if chosen == "torch":
         return reference.pair_distances(query, gallery, query_indices, gallery_indices, metric)
-    assert _native.module is not None
     _check_indices("query_indices", query_indices, len(query))
     _check_indices("gallery_indices", gallery_indices, len(gallery))
     if query_indices.shape != gallery_indices.shape:
         raise ValueError(f"{len(query_indices)} query_indices but {len(gallery_indices)} gallery_indices")
+    if chosen == "triton":
+        found = _triton().pair_distances(query, gallery, query_indices, gallery_indices, metric)
+        return found  # type: ignore[no-any-return]
+    assert _native.module is not None
     query_indices, gallery_indices = query_indices.contiguous(), gallery_indices.contiguous()
     distances = torch.empty(len(query_indices), dtype=torch.float64)
     workspace = _workspace(2, query.shape[1])  # by name: it must live until the call returns
@@ -131,7 +149,7 @@ def _center(query: Tensor, metric: str) -> Tensor:
 
     Distances do not change when it is subtracted from both sides, and most cancellation is gone.
     """
-    total = torch.zeros(query.shape[1], dtype=torch.float64)
+    total = torch.zeros(query.shape[1], dtype=torch.float64, device=query.device)
     for rows in query.split(max(1, _TILE_BYTES // (8 * max(1, query.shape[1])))):
         block = rows.double()
         total += (torch.nn.functional.normalize(block) if metric == "cosine" else block).sum(dim=0)
@@ -168,8 +186,17 @@ def _count_nonmatches(
         if label is not None and (label.dtype != torch.int32 or label.shape != (length,)):
             raise ValueError(f"pids and camids must be int32 [{rows}] and [{columns}]")
     limits = bins(exponent, signed=query is None)
-    if dispatch.choose("count_nonmatches", backend, gallery.device, gallery.dtype) == "torch":
+    chosen = dispatch.choose("count_nonmatches", backend, gallery.device, gallery.dtype)
+    if chosen == "torch":
         return reference.count_nonmatches(query, gallery, *labels, *matches, first, metric, limits)
+    scale = (3 - exponent - (metric == "cosine")) // 2  # 2^scale times a feature less the centre is at most 1 long
+    if chosen == "triton":
+        if query is None:
+            found = _triton().count_nonmatches_in_rows(gallery, labels, matches, first, limits)
+        else:
+            center = _center(query, metric)
+            found = _triton().count_nonmatches(query, gallery, labels, matches, first, metric, limits, center, scale)
+        return found  # type: ignore[no-any-return]
     assert _native.module is not None
     offsets, distances, indices = (tensor.contiguous() for tensor in matches)
     counts, histogram = torch.empty_like(indices), torch.zeros(limits[2], dtype=torch.int64)
@@ -197,7 +224,7 @@ def _count_nonmatches(
             bin_fields,
             METRICS.index(metric),
             center.data_ptr(),
-            (3 - exponent - (metric == "cosine")) // 2,  # 2^scale times a feature less the centre is at most 1 long
+            scale,
             block_rows,
             tile_rows,
             workspace.data_ptr(),

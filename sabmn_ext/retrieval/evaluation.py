@@ -55,7 +55,7 @@ def evaluate_retrieval(
         metric: ``"euclidean"`` or ``"cosine"`` (1 − cos), on the features as they are.
         max_rank: length of the result's ``cmc``; beyond the gallery's size the curve is flat.
         exclude_self: query i is gallery item i, and is dropped for itself (leave-one-out on one set).
-        backend: ``"cpu"`` (C++), ``"torch"``, or None for the first that can serve; the result is the same.
+        backend: ``"triton"``, ``"cpu"`` (C++), ``"torch"`` or None: the first that can serve. The result is the same.
         query_names, gallery_names: names of the items (image paths), for error messages.
         group: a ``torch.distributed`` group (``torch.distributed.group.WORLD``) whose processes each hold a part of the
             gallery: the gallery arguments are this process's part, the parts follow each other in rank order, and any
