@@ -6,6 +6,7 @@ Triton reads the variable when it is imported: ``test_triton_retrieval.py`` runs
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from torch import Tensor
 from sabmn_ext import _native, evaluate_retrieval
 from sabmn_ext.ops import dispatch, reference, retrieval
 from sabmn_ext.ops.triton import retrieval as launches
+from sabmn_ext.ops.triton import retrieval_kernels as kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 EXPECTED = ["torch"] if _native.module is None else ["torch", "cpu"]
@@ -104,6 +106,27 @@ def test_rounding_errors_that_do_not_cancel(metric: str, seed: int) -> None:
     gallery = (torch.arange(40) % 2 * 2 - 1)[:, None] * number * (1 + bits * torch.finfo(torch.float32).eps)
     query = (number * (torch.arange(4) % 2 * 2 - 1)[:, None]).float().repeat(1, dim)
     check(query, gallery.float(), draw_case(4, 40, seed), metric)
+
+
+if DEVICE == "cpu":  # on a GPU the product cannot be exchanged
+
+    @pytest.mark.parametrize("metric", retrieval.METRICS)
+    def test_any_product_within_the_bound(metric: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows of ±1 but for the last bit, so that |a·b| is ‖a‖‖b‖, and products that are off by 0.9 γ ‖a‖‖b‖."""
+        product, random = kernels._product, np.random.default_rng(seed)
+
+        def inexact(*operands: Any) -> Any:
+            result = product(*operands)
+            off = 0.9 * (64 + 1 + 1) * 2.0**-24  # count_cpu.cpp, 2., for 64 features
+            result.handle.data *= random.choice(np.float32([1 - off, 1, 1 + off]), result.handle.data.shape)
+            return result
+
+        monkeypatch.setattr(kernels, "_product", inexact)
+        query, gallery = (
+            (torch.arange(rows) % 2 * 2 - 1)[:, None] * next_to_ties(rows, 64, torch.float32, seed).abs()
+            for rows in (4, 60)
+        )
+        check(query, gallery, draw_case(4, 60, seed), metric)
 
 
 def test_distances_next_to_the_edge_of_a_bin() -> None:
