@@ -93,7 +93,7 @@ def test_the_share_of_the_attention_is_that_of_the_trained_network(seed: int) ->
     for module in (network, counterfactuals):
         with torch.inference_mode(), AttentionShare(network.attention) as share:
             module(images)
-        shares.append(share.ratio)
+        shares.append(share.ratio())
     assert shares[0] == shares[1] > 0
 
 
