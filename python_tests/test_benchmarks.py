@@ -27,6 +27,8 @@ from sabmn_ext.ops import dispatch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 COMMANDS = {
+    "data_bench.py": ["--size", "32x16", "--batch", "16", "--workers", "0", "--rounds", "1"],
+    "train_bench.py": ["--size", "64x32", "--batch", "2", "--backbone", "resnet18", "--rounds", "1"],
     "attention_bench.py": ["--shapes", "2x16x5x3:4", "--rounds", "1", "--seconds", "0"],
     "spectral_norm_bench.py": ["--rounds", "1"],
     "rerank_bench.py": ["--scale", "0.02", "--dim", "64", "--rounds", "1"],

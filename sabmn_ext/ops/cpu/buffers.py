@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MIN_BYTES = 1 << 16  # malloc keeps smaller ones by itself
-KEPT_CALLS = 8  # a buffer that so many calls had no use for is given back by the time of twice as many
+KEPT_CALLS = 8  # a buffer that so many calls had no use for is given back
 _ALIGNMENT = 64
 
 
@@ -67,8 +67,7 @@ class Buffers:
         with self._lock:
             self._calls += 1
             results = [self._empty_strided(*layout) for layout in layouts]
-            if self._calls % self._kept_calls == 0:
-                self._give_back()
+            self._give_back()
         return results
 
     def release(self) -> None:
