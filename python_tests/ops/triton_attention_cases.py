@@ -64,7 +64,8 @@ def on_device(inputs: Inputs) -> Inputs:
 def drawn(sizes: tuple[int, ...], seed: int, dtype: torch.dtype, layout: str = "contiguous") -> list[Inputs]:
     # Of single numbers several draws are compared: see attention_cases.check. Many channels make large logits, and then
     # the error comes from the few rows that are not quite one-hot, of which one draw has hardly any.
-    return [on_device(draw(sizes, 100 * seed + i, dtype, layout)) for i in range(6 if max(sizes[1], sizes[4]) > 256 else 2)]
+    count = 6 if max(sizes[1], sizes[4]) > 256 else 2
+    return [on_device(draw(sizes, 100 * seed + i, dtype, layout)) for i in range(count)]
 
 
 @pytest.fixture
