@@ -1,13 +1,15 @@
 """Files of features for the tests of ``python -m sabmn_ext.evaluate``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_errors
 import numpy as np
-import pytest
 
 from sabmn_ext.evaluate import main
 
+error_of = partial(command_errors.error_of, main)
 LABELS = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")
 
 
@@ -33,13 +35,3 @@ def write(folder: Path, seed: int = 0, *, name: str = "features", noise: float =
     arrays = draw(seed, noise) | changes
     np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
     return file
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that the command ends with, exit status 2."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err

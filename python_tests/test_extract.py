@@ -1,8 +1,10 @@
 """``python -m sabmn_ext.extract``: a data set or a folder in, files out that the other commands read."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import command_errors
 import numpy as np
 import pytest
 from fake_data import make_fake_market
@@ -11,21 +13,13 @@ from small_checkpoint import models_read_once, write_checkpoint, write_images  #
 from sabmn_ext import evaluate
 from sabmn_ext.extract import main
 
+error_of = partial(command_errors.error_of, main)
 pytestmark = pytest.mark.usefixtures("models_read_once")
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "last.pt")
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_a_data_set_for_the_evaluation(

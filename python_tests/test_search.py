@@ -2,9 +2,11 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_errors
 import pytest
 from fake_data import make_fake_market
 from PIL import Image
@@ -14,6 +16,7 @@ import sabmn_ext
 from sabmn_ext import extract
 from sabmn_ext.search import main
 
+error_of = partial(command_errors.error_of, main)
 pytestmark = pytest.mark.usefixtures("models_read_once")
 
 
@@ -43,15 +46,6 @@ def lists(text: str) -> list[list[tuple[float, bool, str]]]:
         rows = re.findall(r"^ +\d+ +(\S+) +(same person)? +(/.*?)(?:  \(.*\))?$", part, re.MULTILINE)
         found.append([(float(distance), bool(same), Path(path).name) for distance, same, path in rows])
     return found
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_a_folder(

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def compiled(name: str, architecture: int, **constants: Any) -> Any:
     "architecture", [pytest.param(a, marks=[pytest.mark.heavy] * (a != 90)) for a in ARCHITECTURES]
 )
 def test_the_compiled_kernels(architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
+    import triton_resources
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     strides = {"query_column_stride": 1, "gallery_column_stride": 1}
@@ -73,19 +72,10 @@ def test_the_compiled_kernels(architecture: int, tmp_path: Path, monkeypatch: py
         ("count", {"BLOCK": 256}),
     ):
         kernel = compiled(name, architecture, **constants)
-        ptx, cubin = kernel.asm["ptx"], tmp_path / f"{name}.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        report = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
-        assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
-        assert usage["SHARED"] + kernel.metadata.shared <= 48 * 1024, f"{name}: {usage}"
-        registers = kernel.metadata.num_warps * (-(-32 * usage["REG"] // 256) * 256)  # a warp takes them by 256
-        assert 65536 // registers >= BLOCKS_PER_MULTIPROCESSOR[name], f"{name}: {usage}"
+        ptx, used = kernel.asm["ptx"], triton_resources.usage(kernel)
+        assert used.stack == used.local == 0, f"{name} spills: {used}"
+        assert used.shared <= 48 * 1024, f"{name}: {used}"
+        assert used.blocks_per_sm(f"sm_{architecture}") >= BLOCKS_PER_MULTIPROCESSOR[name], f"{name}: {used}"
         atomics = re.findall(r"\b(?:atom|red)\.[\w.:]+", ptx)
         assert all(re.search(r"\.[us]64$", atomic) for atomic in atomics), f"{name}: {atomics}"
         assert (name != "pair_sums") == bool(atomics), f"{name}: {atomics}"

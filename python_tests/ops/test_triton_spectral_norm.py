@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +89,15 @@ def compiled(name: str, types: tuple[str, str, str], architecture: int) -> Any:
 def test_resources_of_the_compiled_kernels(
     architecture: int, types: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import triton
+    import triton_resources
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     for name in KERNELS:
         kernel = compiled(name, types, architecture)
-        cubin = tmp_path / f"{name}.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        report = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
-        assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
-        assert usage["SHARED"] + kernel.metadata.shared <= 48 * 1024, f"{name}: {usage}"
-        registers = 4 * (-(-32 * usage["REG"] // 256) * 256)  # of a block; a warp takes them by 256
-        assert 65536 // registers >= BLOCKS_PER_MULTIPROCESSOR, f"{name}: {usage}"
+        used = triton_resources.usage(kernel)
+        assert used.stack == used.local == 0, f"{name} spills: {used}"
+        assert used.shared <= 48 * 1024, f"{name}: {used}"
+        assert used.blocks_per_sm(f"sm_{architecture}") >= BLOCKS_PER_MULTIPROCESSOR, f"{name}: {used}"
         assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"]), f"{name} has atomics"
         parameters = re.findall(r"\.param \.(\w)(\d+)", kernel.asm["ptx"])
         assert sum(int(bits) // 8 for _, bits in parameters) <= 4096, f"{name} has {len(parameters)} parameters"

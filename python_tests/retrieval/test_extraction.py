@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +20,7 @@ from sabmn_ext.data.records import ImageRecord
 from sabmn_ext.retrieval import extraction
 from sabmn_ext.retrieval.extraction import images_below, read_part, write_features
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def extractor(tmp_path_factory: pytest.TempPathFactory) -> sabmn_ext.Extractor:
-    return sabmn_ext.Extractor(write_checkpoint(tmp_path_factory.mktemp("run") / "last.pt"), device="cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

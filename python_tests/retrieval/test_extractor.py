@@ -1,7 +1,6 @@
 """Extractor: one picture has one feature, in whatever form it comes; anything else is refused and named."""
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,7 @@ from sabmn_ext.data.records import ImageRecord
 from sabmn_ext.retrieval.features import extract_features
 from sabmn_ext.training.checkpoint import FORMAT, load_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def extractor(tmp_path_factory: pytest.TempPathFactory) -> sabmn_ext.Extractor:
-    return sabmn_ext.Extractor(write_checkpoint(tmp_path_factory.mktemp("run") / "last.pt"), device="cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_files_as_the_evaluation_has_them(extractor: sabmn_ext.Extractor, tmp_path: Path) -> None:
