@@ -121,7 +121,7 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
             batch * product_mma(stacked, n, channels), batch * stacked * n * channels // MMA,
         ),
         "forward attention": launch(
-            2 * image + inner + w_out + value + 2 * row_floats, 2 * image + inner + w_out + value + 2 * row_floats,
+            2 * (image + value) + inner + w_out + 2 * row_floats, 2 * (image + value) + inner + w_out + 2 * row_floats,
             (query_tiles - 1) * (query + value) + (batch * query_tiles - 1) * w_out,
             rows * (ceil_to(n, KEYS) * width16 + ceil_to(n, 16) * value16
                     + ceil_to(channels, OUT_CHANNELS) * value16) // MMA,
@@ -134,7 +134,7 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
             batch * product_mma(value_width, n, channels), batch * value_width * n * channels // MMA,
         ),
         "backward row terms": launch(
-            2 * value + row_floats + FLOAT * batch * blocks(n, ROW_POSITIONS), 2 * value + row_floats, 0, 0, 0
+            3 * value + row_floats + FLOAT * batch * blocks(n, ROW_POSITIONS), 3 * value + row_floats, 0, 0, 0
         ),
         "backward attention": launch(
             2 * inner + value + 3 * row_floats, 2 * inner + value + 3 * row_floats,

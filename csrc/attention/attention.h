@@ -37,7 +37,9 @@ struct AttentionInputs {
     const void *gamma;            // one number
     const void *b_query, *b_key, *b_value, *b_out;
     void *query, *key;            // [B, key_width, N]: the forward writes them, the backward reads them, and so for
-    void *value, *out;            // [B, value_width, N]
+    void* value;                  // [B, value_width, N]
+    void* out;                    // [parts, B, value_width, N]: out is their sum. Of 16 bits what rounding left is the
+                                  // second: a softmax's gradient is a difference from context · out
     void *lse;                    // [B, 2, N]: the logits' maximum m_j, log Σ_i exp(key_i · query_j − m_j). Their sum
                                   // would lose the second beside logits of 10³
     void *workspace;              // attention_workspace() elements (workspace.h)
@@ -48,6 +50,9 @@ struct AttentionGradients {
     Image grad_y, grad_x;
     void *w_query, *w_key, *w_value, *w_out, *gamma, *b_query, *b_value;
 };
+
+template <typename T>
+constexpr int attention_out_parts = sizeof(T) == 2 ? 2 : 1;
 
 constexpr int64_t attention_lanes = 64;   // positions in a tile: one row of a tile
 constexpr int64_t attention_chunk = 128;  // rows of the tiles that are walked in chunks

@@ -95,9 +95,19 @@ struct Backward {
         });
     }
 
+    void load_out(int64_t image, int64_t first, int64_t count, F* out) const {
+        const T* const from = static_cast<const T*>(in.out) + image * dv * N + first;
+        load_tile<T>(from, dv, N, count, out);
+        if constexpr (attention_out_parts<T> == 2) {
+            const T* const rest = from + B * dv * N;
+            for (int64_t row = 0; row < dv; ++row)
+                for (int64_t lane = 0; lane < count; ++lane) out[row * lanes + lane] += widen(rest[row * N + lane]);
+        }
+    }
+
     void keep_context(int64_t image, int64_t first, int64_t count, F* sums, const F* bias_terms, F* out) {
         F rows[lanes], factors[lanes] = {};
-        load_tile<T>(static_cast<const T*>(in.out) + image * dv * N + first, dv, N, count, out);
+        load_out(image, first, count, out);
         row_dots(dv, count, sums, out, lanes, rows);
         const int64_t position = image * N + first;
         for (int64_t lane = 0; lane < count; ++lane) gamma_term[position + lane] = rows[lane] + bias_terms[lane];
@@ -180,7 +190,7 @@ struct Backward {
     void out_of_tile(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         F* const out = arena.take(dv * lanes);
         const int64_t row = attention_padded(dv);
-        load_tile<T>(static_cast<const T*>(in.out) + image * dv * N + first, dv, N, count, out);
+        load_out(image, first, count, out);
         transpose<F>(dv, count, [&](int64_t e) { return out + e * lanes; },
                      context + image * of_context + first * row, row);
     }

@@ -90,6 +90,7 @@ class Backward {
                                         static_cast<int>(in.value_width),
                                         grads.context,
                                         in.out,
+                                        in.batch * in.value_width * in.positions,
                                         in.b_out,
                                         dy.data,
                                         dy.batch_stride,

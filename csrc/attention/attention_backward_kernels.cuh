@@ -28,7 +28,8 @@ constexpr int row_positions = warp_size, row_warps = 8;
 
 struct RowArguments {
     int channels, positions, value_width;
-    const void *context, *out;  // [B, value width, N]
+    const void *context, *out;  // [B, value width, N]; of 16 bits what rounding left of out lies out_part further
+    std::int64_t out_part;
     const void* b_out;          // [C] or null: then γ's gradient has Σ grad_y · b_out too
     const void* grad_y;
     std::int64_t batch_stride, channel_stride, position_stride;
@@ -52,7 +53,9 @@ __global__ void __launch_bounds__(row_warps* warp_size)
 #pragma unroll 4
         for (int c = warp; c < arguments.value_width; c += row_warps) {
             const std::int64_t at = static_cast<std::int64_t>(c) * positions;
-            term += static_cast<float>(context[at]) * static_cast<float>(out[at]);
+            float exact = static_cast<float>(out[at]);
+            if constexpr (sizeof(T) == 2) exact += static_cast<float>(out[at + arguments.out_part]);
+            term += static_cast<float>(context[at]) * exact;
         }
         if (arguments.b_out) {
             const T* const grad_y = static_cast<const T*>(arguments.grad_y) + image * arguments.batch_stride;

@@ -40,7 +40,8 @@ struct AttentionCuda {
     const float* gamma;                             // []
     const void *b_query, *b_key, *b_value, *b_out;  // a vector each, or null
     void *query, *key;                              // [B, key width, N]
-    void *value, *out;                              // [B, value width, N]
+    void* value;                                    // [B, value width, N]
+    void* out;  // [parts, B, value width, N]: out is their sum, of 16 bits with what rounding left as the second part
     float* lse;  // [B, 2, N]: of every row of logits the maximum m, and the logarithm of the sum of exp(logit - m)
 };
 

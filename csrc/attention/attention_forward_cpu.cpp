@@ -116,6 +116,19 @@ void online_softmax(int64_t keys, int64_t count, F* map, Softmax<F>& softmax, in
     }
 }
 
+template <typename T>
+void store_out(const AttentionInputs& in, int64_t image, int64_t first, int64_t count, const Wide<T>* out) {
+    const int64_t N = in.sizes.positions(), dv = in.sizes.value_width;
+    T* const to = static_cast<T*>(in.out) + image * dv * N + first;
+    store_tile<T>(out, dv, N, count, to);
+    if constexpr (attention_out_parts<T> == 2) {
+        T* const rest = to + in.sizes.batch * dv * N;
+        for (int64_t row = 0; row < dv; ++row)
+            for (int64_t lane = 0; lane < count; ++lane)
+                narrow(out[row * lanes + lane] - widen(to[row * N + lane]), rest[row * N + lane]);
+    }
+}
+
 // out and lse of a tile of queries; leaves gamma · out.
 template <typename T>
 void attend(const AttentionInputs& in, const Wide<T>* keys, const Wide<T>* values, int64_t image, int64_t first,
@@ -136,7 +149,7 @@ void attend(const AttentionInputs& in, const Wide<T>* keys, const Wide<T>* value
     each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) {
         vector_at(out + at) /= vector_at(softmax.total + lane);
     });
-    store_tile<T>(out, dv, N, count, static_cast<T*>(in.out) + image * dv * N + first);
+    store_out<T>(in, image, first, count, out);
     F* const lse = static_cast<F*>(in.lse) + image * 2 * N + first;
     for (int64_t lane = 0; lane < count; ++lane) {
         lse[lane] = softmax.maximum[lane];

@@ -51,8 +51,9 @@ cudaError_t attend(const AttentionCuda& in, const AttentionMap& y, cudaStream_t 
     arguments.key_width = in.key_width, arguments.value_width = in.value_width;
     arguments.query = in.query, arguments.key = in.key, arguments.value = in.value;
     arguments.out = in.out, arguments.lse = in.lse;
+    arguments.out_part = in.batch * in.value_width * in.positions;
     arguments.vectors = takes_vectors<T>(in.query, in.positions) && aligned(16, in.key) && aligned(16, in.value);
-    arguments.out_pairs = takes_pairs<T>(in.out, in.positions);
+    arguments.out_pairs = takes_pairs<T>(in.out, in.positions);  // both parts: the first has as many rows
     arguments.w_vectors = takes_vectors<T>(in.w_out, in.value_width);
     arguments.w_out = in.value_width <= max_slice<T> ? in.w_out : nullptr;
     arguments.writes_y = !in.w_out || arguments.w_out;

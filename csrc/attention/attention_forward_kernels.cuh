@@ -40,6 +40,7 @@ struct ForwardArguments {
     int channels, positions, key_width, value_width;
     const void *query, *key, *value, *w_out;
     void* out;
+    std::int64_t out_part;  // of 16 bits what rounding left of out lies that much further (attention_cuda.h)
     float* lse;
     bool vectors;    // rows of query, key and value may be copied 16 bytes at a time
     bool w_vectors;  // and those of w_out
@@ -229,9 +230,6 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
             lse[positions] = logf(total[lower]);
         }
     }
-#pragma unroll
-    for (int i = 0; i < width / 16; ++i) round_block<T>(rounded[i], out[i], inverse[0], inverse[1]);
-
     T* const out_data = static_cast<T*>(arguments.out) + value_offset;
     const BlockResult<T> y{arguments.y, image, arguments.y_is_channels_last ? positions : channels,
                            arguments.y_is_channels_last ? channels : positions};
@@ -240,6 +238,13 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
     for (int i = 0; i < width / 16; ++i) {
         if (16 * i >= values) break;
         Pairs<T> turned;
+        round_block<T>(rounded[i], out[i], inverse[0], inverse[1]);
+        if constexpr (sizeof(T) == 2) {
+            Operand<T> rest;
+            round_rest<T>(rest, out[i], inverse[0], inverse[1], rounded[i]);
+            store_turned(out_data + arguments.out_part, values, positions, 16 * i, row, arguments.out_pairs, rest,
+                         turned);
+        }
         store_turned(out_data, values, positions, 16 * i, row, arguments.out_pairs, rounded[i], turned);
         if (!w_out && arguments.writes_y) {  // y = gamma out + x
             Pairs<T> residual;

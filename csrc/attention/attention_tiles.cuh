@@ -225,6 +225,19 @@ __device__ inline void round_block(Operand<T>& operand, const Block& d, float lo
     }
 }
 
+// Of the same, what `rounded` left.
+template <typename T>
+__device__ inline void round_rest(Operand<T>& operand, const Block& d, float low, float high,
+                                  const Operand<T>& rounded) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float scale = i % 2 ? high : low;
+        const Pair<T> pair = pair_of<T>(rounded, i);
+        set_pair<T>(operand, i, d[i / 2][i % 2 * 2] * scale - left_of<T>(pair),
+                    d[i / 2][i % 2 * 2 + 1] * scale - right_of<T>(pair));
+    }
+}
+
 // ---- results ----
 
 // An 8 × 8 block, of which a lane holds the pair of row g and columns 2t and 2t + 1, with rows and columns exchanged.

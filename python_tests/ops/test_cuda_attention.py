@@ -51,9 +51,9 @@ class StandIn:
         shapes: list[tuple[int, ...]] = [(width, channels)] * 2 + [(value_width, channels), (channels, value_width), ()]
         shapes += [(width,), (width,), (value_width,), (channels,)]
         tensors = [dense(a, s, wide if n == "gamma" else t) for a, s, n in zip(parameters, shapes, NAMES, strict=True)]
-        widths = (width, width, value_width, value_width)
-        kept = [dense(a, (batch, w, positions), t) for a, w in zip(saved, widths, strict=False)]
-        return [image, *tensors], [*kept, dense(saved[4], (batch, 2, positions), wide)], t
+        kept = [dense(a, (batch, w, positions), t) for a, w in zip(saved, (width, width, value_width), strict=False)]
+        out = dense(saved[3], (reference.out_parts(t), batch, value_width, positions), t)
+        return [image, *tensors], [*kept, out, dense(saved[4], (batch, 2, positions), wide)], t
 
     def attention_forward_cuda(
         self, dtype: int, tf32: bool, sizes: Any, x: Any, parameters: Any, saved: Any, y: Any, stream: int

@@ -174,9 +174,11 @@ def _dense(shape: Sequence[int], dtype: torch.dtype) -> Layout:
 def _forward_outputs(x: Tensor, w_query: Tensor, w_value: Tensor, empty: Empty) -> list[Tensor]:
     """y, query, key, value, out, lse, uninitialised."""
     batch, positions = x.shape[0], x.shape[2] * x.shape[3]
-    widths = (w_query.shape[0], w_query.shape[0], w_value.shape[0], w_value.shape[0])
-    saved = [_dense((batch, width, positions), x.dtype) for width in widths]
-    return empty([_image_layout(x), *saved, _dense((batch, 2, positions), reference.wide(x.dtype))])
+    widths = (w_query.shape[0], w_query.shape[0], w_value.shape[0])
+    projections = [_dense((batch, width, positions), x.dtype) for width in widths]
+    out = _dense((reference.out_parts(x.dtype), batch, w_value.shape[0], positions), x.dtype)
+    lse = _dense((batch, 2, positions), reference.wide(x.dtype))
+    return empty([_image_layout(x), *projections, out, lse])
 
 
 def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool], empty: Empty) -> list[Tensor]:

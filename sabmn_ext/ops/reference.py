@@ -25,6 +25,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def out_parts(dtype: torch.dtype) -> int:
+    """In how many parts ``self_attention2d_forward`` keeps out."""
+    return 2 if wide(dtype) != dtype else 1
+
+
 def project(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """A 1×1 convolution on flattened positions, ``[B, C, N] → [B, d, N]``.
 
@@ -86,16 +91,18 @@ def self_attention2d_forward(
     b_value: Tensor | None = None,
     b_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same in blocks of queries: y; for the backward query, key, value, out ``[B, d, N]`` and lse ``[B, 2, N]``.
+    """The same in blocks of queries: y; for the backward query, key, value ``[B, d, N]``, out and lse ``[B, 2, N]``.
 
-    lse, at least float32, is ``log Σ_i exp(key_i · query_j)`` in two parts, the logits' maximum m and
-    ``log Σ_i exp(key_i · query_j − m)``: their sum would lose the second beside logits of 10³.
+    out, ``[parts, B, value width, N]`` in x's dtype, is a sum: of 16 bits what rounding left is the second part, since
+    a softmax's gradient is a difference from ``context · out``. lse, at least float32, is
+    ``log Σ_i exp(key_i · query_j)`` in two parts, the logits' maximum m and ``log Σ_i exp(key_i · query_j − m)``: their
+    sum would lose the second beside logits of 10³.
     """
     dtype = wide(x.dtype)
     flat = x.flatten(2)
     query, key = project(flat, w_query, b_query), project(flat, w_key, b_key)
     value = project(flat, w_value, b_value)
-    out = torch.empty_like(value)
+    out = torch.empty_like(value, dtype=dtype)
     lse = query.new_empty(query.shape[0], 2, query.shape[2], dtype=dtype)
     for block in _query_blocks(query):
         logits = query[..., block].mT.to(dtype) @ key.to(dtype)  # [B, block, N]
@@ -104,9 +111,11 @@ def self_attention2d_forward(
         total = powers.sum(-1)
         lse[..., block] = torch.stack((maximum, total.log()), 1)
         out[..., block] = value.to(dtype) @ (powers / total[..., None]).mT
-    a = project(out, w_out, b_out)
+    rounded = out.to(x.dtype)
+    a = project(rounded, w_out, b_out)
     y = (gamma.reshape(()) * a.to(dtype) + flat).to(x.dtype).reshape(x.shape)
-    return y, query, key, value, out, lse
+    parts = [rounded, (out - rounded).to(x.dtype)][: out_parts(x.dtype)]
+    return y, query, key, value, torch.stack(parts), lse
 
 
 def self_attention2d_backward(
@@ -117,7 +126,7 @@ def self_attention2d_backward(
     w_value: Tensor,
     w_out: Tensor | None,
     gamma: Tensor,
-    query: Tensor,  # [B, d, N], as key; value and out [B, value width, N]
+    query: Tensor,  # [B, d, N], as key; value [B, value width, N], out [parts, B, value width, N]
     key: Tensor,
     value: Tensor,
     out: Tensor,
@@ -163,7 +172,7 @@ def self_attention2d_backward(
     def bias_gradient(grad_part: Tensor) -> Tensor:
         return grad_part.sum((0, 2), dtype=dtype).to(x.dtype)
 
-    grad_gamma = (context * out).sum()
+    grad_gamma = (context * out.sum(0, dtype=dtype)).sum()
     if b_out is not None:
         grad_gamma = grad_gamma + (grad.sum((0, 2), dtype=dtype) * b_out).sum()
     return [
@@ -171,7 +180,7 @@ def self_attention2d_backward(
         weight_gradient(grad_query, w_query) if need_query else None,
         weight_gradient(grad_key, w_key) if need_key else None,
         weight_gradient(grad_value, w_value) if need_value else None,
-        (gamma * (grad @ out.mT).sum(0)).to(x.dtype).view_as(w_out) if need_out and w_out is not None else None,
+        (gamma * (grad @ out[0].mT).sum(0)).to(x.dtype).view_as(w_out) if need_out and w_out is not None else None,
         grad_gamma if need_gamma else None,
         bias_gradient(grad_query) if need_bias[0] else None,
         x.new_zeros(key.shape[1]) if need_bias[1] else None,

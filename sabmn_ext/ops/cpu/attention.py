@@ -42,7 +42,7 @@ def _inputs(x: Tensor, parameters: Parameters, saved: Sequence[Tensor]) -> tuple
 
 
 def forward(x: Tensor, parameters: Parameters, y: Tensor, saved: Sequence[Tensor]) -> None:
-    """Fill ``y`` [B, C, H, W] and ``saved``: query, key, value, out [B, width, N], lse [B, 2, N] (attention.h)."""
+    """Fill ``y`` [B, C, H, W] and ``saved``: query, key, value [B, width, N], out, lse (attention.h)."""
     assert _native.module is not None
     shared, _workspace = _inputs(x, parameters, saved)
     status = _native.module.attention_forward(**shared, y=y.data_ptr(), y_strides=y.stride())

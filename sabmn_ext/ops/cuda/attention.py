@@ -48,7 +48,7 @@ def _inputs(x: Tensor, parameters: Parameters, saved: Sequence[Tensor]) -> dict[
 
 
 def forward(x: Tensor, parameters: Parameters, y: Tensor, saved: Sequence[Tensor]) -> None:
-    """Fill ``y`` [B, C, H, W] and ``saved``: query, key, value, out [B, width, N], lse [B, 2, N] (attention_cuda.h)."""
+    """Fill ``y`` [B, C, H, W] and ``saved``: query, key, value [B, width, N], out, lse (attention_cuda.h)."""
     assert _native.module is not None
     x = _with_positions(x)
     with torch.cuda.device(x.device):

@@ -181,7 +181,7 @@ def _check_extents(*maps: Tensor) -> None:
 
 
 def forward(x: Tensor, parameters: Parameters, y: Tensor, saved: Sequence[Tensor]) -> None:
-    """Fill ``y`` [B, C, H, W] and ``saved``: query, key, value, out [B, width, N], lse [B, 2, N] (attention_cuda.h)."""
+    """Fill ``y`` [B, C, H, W] and ``saved``: query, key, value [B, width, N], out, lse (attention_cuda.h)."""
     if x.numel() == 0:
         return
     w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out = parameters
@@ -209,12 +209,12 @@ def forward(x: Tensor, parameters: Parameters, y: Tensor, saved: Sequence[Tensor
             kernels.attention_forward_kernel, _attention_grid(batch, positions, slices, "BLOCK_QUERIES"),
             (
                 query, key, value, out, lse, flat, y_flat if fused else None, w_out, b_out, gamma,
-                *sizes, *flat.stride(), *y_flat.stride(),
+                *sizes, *flat.stride(), *y_flat.stride(), out.stride(0),
             ),
             _forward(kind, values), PRECISION=precision, KEPT=width <= keys, KEYS=keys, VALUES=values,
         )  # fmt: skip
         if not fused and w_out is not None:
-            _product(w_out, out, y_flat, b_out, gamma, flat)
+            _product(w_out, out[0], y_flat, b_out, gamma, flat)
 
 
 def backward(
@@ -247,7 +247,7 @@ def backward(
         if needs[0]:
             stacked = torch.cat((w_query, w_key, w_value))  # type: ignore[arg-type]
             _product(stacked.mT, inner, gradients[0].flatten(2), residual=grad)
-        _weight_gradients(kind, flat, grad, inner, out, gamma, needs, gradients)  # type: ignore[arg-type]
+        _weight_gradients(kind, flat, grad, inner, out[0], gamma, needs, gradients)  # type: ignore[arg-type]
         _sums(grad_y, row_term, inner, gamma, b_out, needs, gradients)  # type: ignore[arg-type]
 
 
@@ -266,7 +266,7 @@ def _map_gradients(
     sizes = (positions, width, value_width, *context.stride(), inner.stride(0))
     _launch(
         kernels.attention_query_gradient_kernel, _attention_grid(batch, positions, key_slices, "BLOCK_QUERIES"),
-        (query, key, value, context, out, lse, gamma, row_term, grad_query, *sizes),
+        (query, key, value, context, out, lse, gamma, row_term, grad_query, *sizes, out.stride(0)),
         _backward(kind, max(keys, values), of_queries=True), **constants,
     )  # fmt: skip
     _launch(

@@ -62,8 +62,8 @@ def _products(
 def attention_forward_kernel(
     query,
     key,  # [B, d, N]
-    value,
-    out,  # [B, dv, N]
+    value,  # [B, dv, N]
+    out,  # [parts, B, dv, N]: their sum; of 16 bits what rounding left is the second
     lse,  # [B, 2, N]: of the logits of a query the maximum m, and log Σ exp(logit − m)
     x,
     y,  # [B, C, N]; y None: a product of its own makes it
@@ -80,6 +80,7 @@ def attention_forward_kernel(
     y_image,
     y_channel,
     y_position,
+    out_part,
     PRECISION: tl.constexpr,
     KEPT: tl.constexpr,
     KEYS: tl.constexpr,
@@ -118,8 +119,11 @@ def attention_forward_kernel(
     if tl.program_id(1) == 0:
         tl.store(lse, maximum, mask=q < positions)
         tl.store(lse + positions, tl.log(powers_sum), mask=q < positions)
-    rounded = (total / powers_sum[:, None]).to(out.dtype.element_ty)
+    total /= powers_sum[:, None]
+    rounded = total.to(out.dtype.element_ty)
     store_tile(rounded, out, q, v, positions, value_width, 1, positions)
+    if out.dtype.element_ty.primitive_bitwidth == 16:
+        store_tile(total - rounded.to(tl.float32), out + out_part, q, v, positions, value_width, 1, positions)
 
     if y is not None:
         x, y = x + image * x_image, y + image * y_image
@@ -146,8 +150,8 @@ def attention_query_gradient_kernel(
     query,
     key,  # [B, d, N]
     value,
-    context,
-    out,  # [B, dv, N]
+    context,  # [B, dv, N]
+    out,  # [parts, B, dv, N]
     lse,  # [B, 2, N]
     gamma,  # []
     row_term,  # [B, N]
@@ -159,6 +163,7 @@ def attention_query_gradient_kernel(
     context_channel,
     context_position,
     grad_image,
+    out_part,
     PRECISION: tl.constexpr,
     KEPT: tl.constexpr,
     VALUES_KEPT: tl.constexpr,
@@ -178,8 +183,10 @@ def attention_query_gradient_kernel(
     r = tl.zeros([BLOCK_QUERIES], tl.float32)
     for first in range(0, value_width, VALUES):
         given = load_tile(context, first + v, q, value_width, positions, context_channel, context_position)
-        result = load_tile(out, first + v, q, value_width, positions, positions, 1)
-        r += tl.sum(given.to(tl.float32) * result.to(tl.float32), 0)
+        result = load_tile(out, first + v, q, value_width, positions, positions, 1).to(tl.float32)
+        if out.dtype.element_ty.primitive_bitwidth == 16:
+            result += load_tile(out + out_part, first + v, q, value_width, positions, positions, 1)
+        r += tl.sum(given.to(tl.float32) * result, 0)
     if tl.program_id(1) == 0:
         tl.store(row_term + image * positions + q, r, mask=q < positions)
     lse += image * 2 * positions + q
