@@ -14,6 +14,7 @@
 #include <cstring>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -23,6 +24,7 @@
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "retrieval/nearest.h"
 #include "retrieval/rerank.h"
 #include "retrieval/retrieval.h"
 #include "spectral_norm/spectral_norm.h"
@@ -326,6 +328,24 @@ int count_nonmatches_in_rows(const MatrixFields& rows, const LabelFields& labels
                                                              usable_threads(threads));
 }
 
+// ---- search ----
+
+// The members of the structs, in their order.
+using KeptFields = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+using TileFields = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t>;
+
+int keep_smallest(const KeptFields& kept, const TileFields& tile, double sign, int threads) {
+    const auto [values, items, rows, count, filled] = kept;
+    const auto [entries, offsets, columns, first_item] = tile;
+    return for_isa(SABMN_VARIANTS(keep_smallest))(
+        {pointer<double>(values), pointer<std::int64_t>(items), rows, count, filled},
+        {pointer<float>(entries), pointer<double>(offsets), columns, first_item, sign}, usable_threads(threads));
+}
+
+void define_search(py::module_& m) {
+    m.def("keep_smallest", keep_smallest, py::call_guard<py::gil_scoped_release>());
+}
+
 // ---- re-ranking ----
 
 // The members of the structs, in their order.
@@ -528,6 +548,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
     m.def("count_workspace", count_workspace);
     m.def("count_nonmatches", count_nonmatches);
     m.def("count_nonmatches_in_rows", count_nonmatches_in_rows);
+    define_search(m);
     define_rerank(m);
 
     m.def("isa", [] { return isa_names[static_cast<int>(chosen_isa)]; });

@@ -36,7 +36,7 @@ def draw(rows: int, dim: int, dtype: torch.dtype = torch.float32, scale: float =
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"_QUERY_ROWS": 7, "_TILE_ROWS": 32, "_GROUP": 4, "_BLOCK_ROWS": 5, "_OPEN_PAIRS": 400}
+    sizes = {"_QUERY_ROWS": 7, "_TILE_ROWS": 32, "_BLOCK_ROWS": 5, "_OPEN_PAIRS": 400}
     for name, value in sizes.items():
         monkeypatch.setattr(search, name, value)
 
@@ -84,16 +84,6 @@ def test_the_farthest_item(name: str, metric: str) -> None:
     pairs = torch.cartesian_prod(torch.arange(15), torch.arange(140))
     assert farthest is not None
     assert torch.equal(farthest, reference.pair_distances(query, gallery, *pairs.T, metric).view(15, 140).amax(1))
-
-
-@pytest.mark.parametrize("largest", [False, True])
-@pytest.mark.parametrize(("width", "count"), [(512, 16), (512, 15), (512, 1), (512, 17), (500, 3), (16, 1), (3, 3)])
-def test_the_extremes_of_rows(width: int, count: int, largest: bool) -> None:
-    for rows in (torch.randn(20, width), torch.randint(0, 9, (20, width)).float()):
-        values, columns = search._extremes(rows, count, largest=largest)
-        assert torch.equal(rows.gather(1, columns), values)
-        assert all(len(set(row)) == count for row in columns.tolist())
-        assert torch.equal(values.sort().values, rows.topk(count, largest=largest).values.sort().values)
 
 
 @pytest.fixture

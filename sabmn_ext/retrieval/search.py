@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sabmn_ext.ops.nearest import Smallest
 from sabmn_ext.ops.reference import _sqrt
 from sabmn_ext.ops.retrieval import METRICS, distance_exponent
 from sabmn_ext.retrieval.inputs import Array, as_matrix, check_features
 
 _QUERY_ROWS, _TILE_ROWS = 2048, 4096
 _BLOCK_ROWS = 256  # in float64 at a time
-_GROUP = 16  # columns, see _extremes
 _SPARE = 16  # candidates beyond those asked for, and an eighth of these
 _OPEN_PAIRS = 1 << 22  # at a time, where the lists are not certain
 
@@ -191,45 +191,17 @@ class _Kept:
     An entry of the product is at most ‖b‖² − 2 a·b, and at least that less twice what was subtracted.
     """
 
-    def __init__(self, k: int, sign: float, bound: _Bound) -> None:
-        self.k, self.sign, self.bound, self.count = k, sign, bound, k + _SPARE + k // 8
-        self.values: Tensor | None = None  # [rows, count] float64
-        self.items: Tensor | None = None  # [rows, count] int64
+    def __init__(self, lengths: Tensor, k: int, sign: float, bound: _Bound) -> None:
+        self.k, self.sign, self.bound = k, sign, bound
+        self.smallest = Smallest(len(lengths), k + _SPARE + k // 8, sign, lengths.device)
 
     def offset(self, lengths: Tensor, longest: float) -> Tensor:
-        """[rows] float64: sign · ‖a − b‖² is at least sign · entry plus this."""
+        """[rows] float64: sign · ‖a − b‖² is at least sign · entry plus this; ‖a‖ and the longest ‖b‖ are given."""
         bound = self.bound
         offset = self.sign * lengths.square() - bound.own * lengths.square() - bound.absolute
         if self.sign < 0:
             offset = offset - 2 * (bound.dot * lengths * longest + (bound.square + bound.own) * longest**2)
         return offset
-
-    def add(self, product: Tensor, offset: Tensor, first: int) -> None:
-        values, items = _extremes(product, min(self.count, product.shape[1]), largest=self.sign < 0)
-        values, items = self.sign * values.double() + offset[:, None], items + first
-        if self.values is not None and self.items is not None:
-            values, items = torch.cat((self.values, values), 1), torch.cat((self.items, items), 1)
-        if values.shape[1] > self.count:
-            values, chosen = values.topk(self.count, largest=False, sorted=False)
-            items = items.gather(1, chosen)
-        self.values, self.items = values, items
-
-
-def _extremes(rows: Tensor, count: int, *, largest: bool) -> tuple[Tensor, Tensor]:
-    """The ``count`` smallest, or largest, entries of each row, and their columns, in any order.
-
-    Of groups of columns, those with the ``count`` smallest minima hold them; most entries are only read for that.
-    """
-    width, num_groups = rows.shape[1], rows.shape[1] // _GROUP
-    if width % _GROUP or num_groups < 2 * count:
-        return rows.topk(count, largest=largest, sorted=False)
-    groups = rows.view(len(rows), _GROUP, num_groups)  # group g: the columns g, g + num_groups, …
-    best = groups.amax(dim=1) if largest else groups.amin(dim=1)
-    chosen = best.topk(count, largest=largest, sorted=False).indices  # [rows, count]
-    steps = torch.arange(0, width, num_groups, device=rows.device)
-    columns = (chosen[:, :, None] + steps).flatten(1)  # [rows, count · _GROUP]
-    values, where = rows.gather(1, columns).topk(count, largest=largest, sorted=False)
-    return values, columns.gather(1, where)
 
 
 class _Block:
@@ -238,13 +210,13 @@ class _Block:
     def __init__(self, query: Tensor, bound: _Bound, k: int, farthest: bool) -> None:
         self.query = query
         self.columns, self.lengths = bound.query_columns(query)  # [rows, D + 2], [rows]
-        self.nearest = _Kept(k, 1.0, bound)
-        self.farthest = _Kept(1, -1.0, bound) if farthest else None
+        self.nearest = _Kept(self.lengths, k, 1.0, bound)
+        self.farthest = _Kept(self.lengths, 1, -1.0, bound) if farthest else None
 
     def add(self, tile: Tensor, longest: float, first: int) -> None:
         product = self.columns @ tile.T  # [rows, tile]
         for kept in filter(None, (self.nearest, self.farthest)):
-            kept.add(product, kept.offset(self.lengths, longest), first)
+            kept.smallest.add(product, kept.offset(self.lengths, longest), first)
 
 
 # ---- refine ----
@@ -258,16 +230,15 @@ def _refine(blocks: list[_Block], kept: list[_Kept], gallery: Tensor) -> tuple[T
     """What is asked for of all queries: signed distances [Q, k] and items [Q, k]."""
     found, open_rows = [], []
     for block, each in zip(blocks, kept, strict=True):
-        assert each.values is not None
-        assert each.items is not None
-        items = each.items.sort(dim=1).values  # [rows, count]
+        items = each.smallest.items.sort(dim=1).values  # [rows, count]
         of_row = torch.arange(len(items), device=items.device).repeat_interleave(items.shape[1])
         distances = _distances(block.query, gallery, of_row, items.flatten(), each).view_as(items)
         distances, order = distances.sort(dim=1, stable=True)  # ties: the lower index
         found.append((distances[:, : each.k].contiguous(), items.gather(1, order)[:, : each.k].contiguous()))
         limits = found[-1][0][:, -1] * each.bound.unit
         # A shorter list than the gallery is certain if all that is not in it is farther.
-        few = (each.values.amax(dim=1) <= limits).nonzero()[:, 0] if items.shape[1] < len(gallery) else items[:0, 0]
+        is_open = (each.smallest.values.amax(dim=1) <= limits) & (items.shape[1] < len(gallery))
+        few = is_open.nonzero()[:, 0]
         open_rows.append((few, block.query[few], block.columns[few], block.lengths[few], limits[few]))
     distances, items = (torch.cat(parts) for parts in zip(*found, strict=True))
     firsts = range(0, len(distances), len(found[0][0]))
