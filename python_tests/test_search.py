@@ -133,6 +133,10 @@ def test_the_threshold_of_a_result(line: list[str], tmp_path: Path, capsys: pyte
         file.write_text(text)
         assert "is not a result with verification rates; write one by" in error_of(capsys, *line, "--result", run)
     assert "there is no result" in error_of(capsys, *line, "--result", tmp_path / "none.json")
+    file.unlink()
+    (run / "result.json").write_text(json.dumps(result()))  # what training leaves
+    assert main([*line, "--result", str(run), "--fpr", "0.01"]) == 0
+    assert "same person: at most 2.5" in capsys.readouterr().out
 
 
 def test_bad_input(line: list[str], images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

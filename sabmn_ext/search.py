@@ -35,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", choices=METRICS, help="distance (default: the checkpoint's)")
     parser.add_argument("--threshold", type=float, metavar="D", help="the same person: at a distance of at most D")
     parser.add_argument(
-        "--result", type=Path, metavar="RUN", help="take the threshold from a result of sabmn_ext.evaluate: its JSON, "
-        "or a run's folder that holds last.evaluation.json"
+        "--result", type=Path, metavar="RUN", help="take the threshold from a result of sabmn_ext.evaluate or train: "
+        "its JSON, or a run's folder that holds last.evaluation.json or result.json"
     )  # fmt: skip
     parser.add_argument(
         "--fpr", type=float, metavar="RATE", help="which of the result's thresholds: the share of pairs of two people "
@@ -48,12 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_threshold(run: Path, fpr: float, metric: str, flip: bool) -> tuple[float, str]:
-    """The threshold of a result that ``sabmn_ext.evaluate`` has written, and what it means in words.
+    """The threshold of a result that ``sabmn_ext.evaluate`` or ``train`` has written, and what it means in words.
 
     Raises:
         FileNotFoundError: there is no such file; ValueError: it holds no threshold for this rate, metric and flip.
     """
-    file = run / "last.evaluation.json" if run.is_dir() else run
+    files = [run / "last.evaluation.json", run / "result.json"] if run.is_dir() else [run]
+    file = next((file for file in files if file.is_file()), files[0])
     advice = "write one by: python -m sabmn_ext.evaluate --checkpoint FILE"
     if not file.is_file():
         raise FileNotFoundError(f"there is no result {file}; {advice}")

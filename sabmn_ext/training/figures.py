@@ -145,6 +145,7 @@ def final_figures(
     gamma_zero = results.get("gamma_zero")
     figures = {
         **result.to_dict(),
+        "flip": config.evaluation.flip,
         "gamma": None if model.attention is None else float(model.attention.gamma.detach()),
         "attention_ratio": None if share is None else share.ratio(job),
         "map_gamma_zero": None if gamma_zero is None else gamma_zero.map,
