@@ -98,7 +98,7 @@ class Backward {
                                         dy.position_stride,
                                         row_term,
                                         sums};
-        return launch(attention_row_term_kernel<Stored>, row_blocks(), row_warps * warp_size, 0, stream, arguments);
+        return launch(attention_row_term_kernel<T>, row_blocks(), row_warps * warp_size, 0, stream, arguments);
     }
 
     cudaError_t find_map_gradients() const {

@@ -36,7 +36,8 @@ struct RowArguments {
     float *row_term, *sums;  // [B, N], and of every block the sum
 };
 
-// 32 positions, a lane each; the warps share out the channels.
+// 32 positions, a lane each; the warps share out the channels. Σ_i e_ji vanishes where r has context as it is multiplied
+// with values: rounded to TF32. γ's gradient has it as it is.
 template <typename T>
 __global__ void __launch_bounds__(row_warps* warp_size)
     attention_row_term_kernel(SABMN_GRID_CONSTANT(RowArguments) arguments) {
@@ -45,36 +46,41 @@ __global__ void __launch_bounds__(row_warps* warp_size)
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size,
               n = blockIdx.x % tiles * row_positions + lane;
     const std::int64_t image = blockIdx.x / tiles, offset = image * arguments.value_width * positions + n;
-    const T *const context = static_cast<const T*>(arguments.context) + offset, *const out = static_cast<const T*>(
-                                                                                                 arguments.out) +
-                                                                                             offset;
-    float term = 0, of_bias = 0;
+    const T* const context = static_cast<const T*>(arguments.context) + offset;
+    const T* const out = static_cast<const T*>(arguments.out) + offset;
+    float term = 0, rest = 0;  // r, and what else γ's gradient has
     if (n < positions) {
 #pragma unroll 4
         for (int c = warp; c < arguments.value_width; c += row_warps) {
             const std::int64_t at = static_cast<std::int64_t>(c) * positions;
             float exact = static_cast<float>(out[at]);
             if constexpr (sizeof(T) == 2) exact += static_cast<float>(out[at + arguments.out_part]);
-            term += static_cast<float>(context[at]) * exact;
+            float given = static_cast<float>(context[at]);
+            if constexpr (std::is_same_v<T, tf32>) {
+                const float rounded = __uint_as_float(tf32_bits(given));
+                rest += (given - rounded) * exact;
+                given = rounded;
+            }
+            term += given * exact;
         }
         if (arguments.b_out) {
             const T* const grad_y = static_cast<const T*>(arguments.grad_y) + image * arguments.batch_stride;
             for (int c = warp; c < arguments.channels; c += row_warps) {
-                of_bias += static_cast<float>(grad_y[c * arguments.channel_stride + n * arguments.position_stride]) *
-                           static_cast<float>(static_cast<const T*>(arguments.b_out)[c]);
+                rest += static_cast<float>(grad_y[c * arguments.channel_stride + n * arguments.position_stride]) *
+                        static_cast<float>(static_cast<const T*>(arguments.b_out)[c]);
             }
         }
     }
     terms[0][warp][lane] = term;
-    terms[1][warp][lane] = of_bias;
+    terms[1][warp][lane] = rest;
     __syncthreads();
     if (warp) return;
     for (int other = 1; other < row_warps; ++other) {
         term += terms[0][other][lane];
-        of_bias += terms[1][other][lane];
+        rest += terms[1][other][lane];
     }
     if (n < positions) arguments.row_term[image * positions + n] = term;
-    float sum = term + of_bias;
+    float sum = term + rest;
     for (int mask = warp_size / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
     if (lane == 0) arguments.sums[blockIdx.x] = sum;
 }

@@ -246,7 +246,7 @@ struct Problem {
           query(shape.batch * shape.key_width * shape.positions),
           key(query.size()),
           value(shape.batch * shape.value_width * shape.positions),
-          out(value.size() * (sizeof(T) == 2 ? 2 : 1)),
+          out((sizeof(T) == 2 ? 2 : 1) * value.size()),
           y(x.size()) {
         if (any()) gamma[0] = -gamma[0];
     }
@@ -311,7 +311,17 @@ struct Problem {
         compare("key", key, plain.key, exact.key);
         compare("value", value, plain.value, exact.value);
         compare("out", std::vector<T>(out.begin(), out.begin() + value.size()), plain.out, exact.out);
+        for (std::size_t i = 0; i < value.size(); ++i) {
+            expect(std::fabs(whole_out(i) - out[i]) <= epsilon<T>() / 2 * std::fabs(out[i]) + 0x1p-24,
+                   "the second part of out is no rounding error of the first: " + shape.text());
+        }
         compare("y", in_order(y), plain.y, exact.y);
+    }
+
+    float whole_out(std::size_t i) const {
+        float sum = 0;
+        for (; i < out.size(); i += value.size()) sum += out[i];
+        return sum;
     }
 
     // The gradients for a random one of y, after a forward pass.
@@ -347,7 +357,7 @@ struct Problem {
         compare("context", context, plain.context, exact.context);
         // One number whose terms cancel; of what is stored it is exact.
         simt::compare("grad_gamma of " + shape.text(), grad_gamma, [&](auto& sum) {
-            for (std::size_t i = 0; i < out.size(); ++i) sum[0] += context[i % value.size()] * out[i];
+            for (std::size_t i = 0; i < value.size(); ++i) sum[0] += context[i] * whole_out(i);
             for (std::size_t i = 0; i < ordered.size() && b_out.size(); ++i) {
                 sum[0] += ordered[i] * b_out[i / shape.positions % shape.channels];
             }
