@@ -104,6 +104,7 @@ class TrainKeys:
     momentum: float = _key(0.9, "SGD's momentum", low=0, high=1)
     weight_decay: float = _key(1e-5, "SGD's weight decay, on all parameters", low=0)
     label_smoothing: float = _key(0.0, "label smoothing of the cross-entropies", low=0, high=1)
+    loss_factor: float = _key(1.0, "the loss is multiplied by this", low=0)
 
 
 @dataclass

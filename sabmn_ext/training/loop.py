@@ -48,6 +48,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     *,
     label_smoothing: float = 0.0,
+    loss_factor: float = 1.0,
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -58,6 +59,7 @@ def train_step(
         images: [B, ...], on the model's device.
         labels: [B], int64, on the same device.
         label_smoothing: of every cross-entropy.
+        loss_factor: what the loss is multiplied by.
         precision: "fp32", or "bf16" or "fp16" for autocast; the losses are computed in float32.
         scaler: the gradient scaler that fp16 needs.
 
@@ -69,7 +71,7 @@ def train_step(
     with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
         logits = [each.float() for each in model(images)]
     losses = [F.cross_entropy(each, labels, label_smoothing=label_smoothing) for each in logits]
-    loss = torch.stack(losses).sum()
+    loss = torch.stack(losses).sum() * loss_factor
     if scaler is None:
         loss.backward()
         optimizer.step()
@@ -79,6 +81,14 @@ def train_step(
         scaler.update()
     correct = (torch.stack([each.detach() for each in logits]).sum(0).argmax(1) == labels).sum()
     return loss.detach(), correct
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a weight is not finite. ``step`` is the first such step, of ``total_steps``."""
+
+    def __init__(self, message: str, step: int, total_steps: int) -> None:
+        super().__init__(message)
+        self.step, self.total_steps = step, total_steps
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -192,6 +202,7 @@ class Trainer:
         self.step = self.saved_step = 0
         self.seconds = 0.0
         self.epoch_sums = {"steps": 0, "images": 0, "correct": 0, "loss": 0.0}  # of the epoch under way
+        self.epoch_loss: float | None = None  # of the last whole one
         self.log: list[str] = []
         self.best: dict[str, Any] | None = None
         self.untrained: dict[str, Any] | None = None
@@ -231,6 +242,7 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.seconds, self.epoch_sums = state["seconds"], state["epoch_sums"]
         self.log, self.best, self.untrained = state["log"], state["best"], state["untrained"]
+        self.epoch_loss = state.get("epoch_loss")
 
     def save(self, name: str = "last.pt") -> None:
         """Write ``last.pt``, or ``best.pt``, which has no optimiser; refuses weights that are not finite.
@@ -255,6 +267,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict() if self.scaler else None,
                 "seconds": self._seconds(),
                 "epoch_sums": self.epoch_sums,
+                "epoch_loss": self.epoch_loss,
                 "log": self.log,
                 "best": self.best,
                 "untrained": self.untrained,
@@ -270,13 +283,14 @@ class Trainer:
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise self._not_finite(f"{key} has values that are not finite", self.step)
 
-    def _not_finite(self, what: str, step: int) -> RuntimeError:
-        return RuntimeError(
+    def _not_finite(self, what: str, step: int) -> TrainingDiverged:
+        message = (
             f"{what} at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}): the training diverged."
             f" The last good checkpoint is {self.out / 'last.pt'}, after step {self.saved_step}. Start again with"
             " lower rates (train.rate_backbone, train.rate_added), a warm-up (schedule.warmup_steps)"
             + (" or --precision fp32" if self.config.run.precision != "fp32" else "")
         )
+        return TrainingDiverged(message, step, self.total_steps)
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -360,6 +374,7 @@ class Trainer:
                 labels,
                 self.optimizer,
                 label_smoothing=config.train.label_smoothing,
+                loss_factor=config.train.loss_factor,
                 precision=config.run.precision,
                 scaler=self.scaler,
             )
@@ -407,8 +422,9 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         self._settle()
         sums = self.epoch_sums
+        self.epoch_loss = sums["loss"] / sums["steps"]
         line = (
-            f"epoch {epoch}/{self.config.train.epochs}  step {self.step}  loss {sums['loss'] / sums['steps']:.4f}"
+            f"epoch {epoch}/{self.config.train.epochs}  step {self.step}  loss {self.epoch_loss:.4f}"
             f"  accuracy {sums['correct'] / sums['images']:.2%}"
         )
         line += "".join(f"  rate {g['name']} {g['lr']:.2e}" for g in self.optimizer.param_groups)
@@ -461,8 +477,8 @@ def train(config: Config, out: str | Path, resume: bool = False, job: Job = ALON
             processes differ from those of the run to resume; settings that do not fit the data; another process trains
             in ``out`` at this moment.
         FileNotFoundError: there is nothing in ``out`` to resume.
-        RuntimeError: the loss or a weight is not finite, or another process of the job has ended (names the step and
-            the last good checkpoint).
+        TrainingDiverged: the loss or a weight is not finite (names the step and the last good checkpoint).
+        RuntimeError: another process of the job has ended.
         TrainingInterrupted: SIGINT or SIGTERM; all that was done is saved.
     """
     out = Path(out)
@@ -481,7 +497,7 @@ def train(config: Config, out: str | Path, resume: bool = False, job: Job = ALON
         try:
             job.run(enter)
             return _train(config, out, resume, job, stop)
-        except TrainingInterrupted:
+        except (TrainingInterrupted, TrainingDiverged):
             raise
         except RuntimeError as error:
             if job.size == 1 or not is_lost(error):
@@ -543,6 +559,7 @@ def _train(config: Config, out: Path, resume: bool, job: Job, stop: StopRequest)
         **figures,
         "seconds": round(trainer.seconds, 2),
         "steps": trainer.step,
+        "loss": trainer.epoch_loss,
         "recipe": config.recipe,
         "data": data.name,
         "untrained": trainer.untrained,
