@@ -33,6 +33,7 @@ ALIASES = {
     "--device": "run.device",
     "--precision": "run.precision",
 }
+SWITCHES = ("channels_last", "compile")  # of the section "run"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,7 +56,9 @@ def settings_parser(command: str, description: str) -> argparse.ArgumentParser:
     for option, key in ALIASES.items():
         parser.add_argument(option, dest=key, metavar="VALUE", help=f"{key}: {meanings[key]}")
     parser.add_argument("--image-size", metavar="HxW", help="image size in pixels (image.height, image.width)")
-    parser.add_argument("--channels-last", action="store_true", help=meanings["run.channels_last"])
+    for switch in SWITCHES:
+        help_text = f"run.{switch}: {meanings[f'run.{switch}']}"
+        parser.add_argument(f"--{switch.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=help_text)
     parser.add_argument("--no-camera-rule", action="store_true", help="ignore camera numbers (data.cameras)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key below")
     return parser
@@ -69,8 +72,9 @@ def build_config(args: argparse.Namespace) -> Config:
         if not size:
             raise ValueError(f"--image-size {args.image_size}: expected HxW in pixels, such as 256x128")
         changes["image.height"], changes["image.width"] = size.groups()
-    if args.channels_last:
-        changes["run.channels_last"] = "true"
+    for switch in SWITCHES:
+        if (value := getattr(args, switch)) is not None:
+            changes[f"run.{switch}"] = str(value).lower()
     if args.no_camera_rule:
         changes["data.cameras"] = "false"
     for item in args.set:

@@ -29,6 +29,7 @@ from sabmn_ext.data.loader import steps_per_epoch, train_batches
 from sabmn_ext.data.records import ReidData, load_data
 from sabmn_ext.data.transforms import TrainTransform
 from sabmn_ext.nn.sabmn import SABMN
+from sabmn_ext.nn.spectral_norm import without_updates
 from sabmn_ext.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sabmn_ext.training.config import Config, config_from_dict, differences, load_recipe, to_toml
 from sabmn_ext.training.figures import features_of, final_figures, retrieval, score
@@ -48,9 +49,10 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     *,
     label_smoothing: float = 0.0,
-    loss_factor: float = 1.0,
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
+    loss_factor: float = 1.0,
+    accumulate: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """One optimisation step: the cross-entropies of all classifiers summed.
 
@@ -59,28 +61,39 @@ def train_step(
         images: [B, ...], on the model's device.
         labels: [B], int64, on the same device.
         label_smoothing: of every cross-entropy.
-        loss_factor: what the loss is multiplied by.
         precision: "fp32", or "bf16" or "fp16" for autocast; the losses are computed in float32.
         scaler: the gradient scaler that fp16 needs.
+        loss_factor: what the loss is multiplied by.
+        accumulate: equal parts that the batch goes through the model in, one after the other, for less memory. The
+            gradients are those of the whole batch, but for batch norm, which takes the statistics of each part. u and v
+            of spectral normalisation are updated once, by the first part.
 
     Returns:
         The loss and the number of images whose summed logits name the right class: 0-dim, detached, on the
         device (so that reading them is the caller's decision, and the device is not waited for).
     """
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
-        logits = [each.float() for each in model(images)]
-    losses = [F.cross_entropy(each, labels, label_smoothing=label_smoothing) for each in logits]
-    loss = torch.stack(losses).sum() * loss_factor
+    total, correct = labels.new_zeros((), dtype=torch.float32), labels.new_zeros(())
+    parts = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
+    for number, (part, names) in enumerate(parts, start=1):
+        with ExitStack() as held:
+            if number > 1:
+                held.enter_context(without_updates(model))
+            if number < accumulate and hasattr(model, "no_sync"):  # DDP averages gradients once, at the end
+                held.enter_context(model.no_sync())  # type: ignore[operator]
+            with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
+                logits = [each.float() for each in model(part)]
+            losses = [F.cross_entropy(each, names, label_smoothing=label_smoothing) for each in logits]
+            loss = torch.stack(losses).sum() * (loss_factor / accumulate)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        total += loss.detach()
+        correct += (torch.stack([each.detach() for each in logits]).sum(0).argmax(1) == names).sum()
     if scaler is None:
-        loss.backward()
         optimizer.step()
     else:
-        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    correct = (torch.stack([each.detach() for each in logits]).sum(0).argmax(1) == labels).sum()
-    return loss.detach(), correct
+    return total, correct
 
 
 class TrainingDiverged(RuntimeError):
@@ -192,12 +205,15 @@ class Trainer:
             lr=0.0,
             momentum=config.train.momentum,
             weight_decay=config.train.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
         )
         self.scaler = torch.amp.GradScaler(self.device.type) if config.run.precision == "fp16" else None
         self.network: nn.Module = self.model
         if job.size > 1:  # gradients are averaged; buffers, those of spectral normalisation too, are the first one's
             gpus = [self.device] if self.device.type == "cuda" else None
             self.network = nn.parallel.DistributedDataParallel(self.model, device_ids=gpus)
+        if config.run.compile:  # checkpoints and evaluation keep to self.model
+            self.network = torch.compile(self.network)  # type: ignore[assignment]
 
         self.step = self.saved_step = 0
         self.seconds = 0.0
@@ -226,6 +242,11 @@ class Trainer:
             raise ValueError(
                 f"train.batch_size = {batch}, all processes together, cannot be shared equally by {size} processes:"
                 f" give a multiple of {size}"
+            )
+        if batch % (size * self.config.train.accumulate):
+            raise ValueError(
+                f"train.accumulate = {self.config.train.accumulate}: expected a divisor of the {batch // size} images"
+                f" that {'each process takes' if size > 1 else 'train.batch_size takes'} a step, since parts are equal"
             )
         if self.config.train.sync_bn and self.device.type != "cuda" and size > 1:
             raise ValueError(
@@ -374,9 +395,10 @@ class Trainer:
                 labels,
                 self.optimizer,
                 label_smoothing=config.train.label_smoothing,
-                loss_factor=config.train.loss_factor,
                 precision=config.run.precision,
                 scaler=self.scaler,
+                loss_factor=config.train.loss_factor,
+                accumulate=config.train.accumulate,
             )
         except RuntimeError:  # spectral normalisation refuses weights that are not finite: name the cause, not it
             if self.job.size == 1:  # else it would wait for processes that have no such error
