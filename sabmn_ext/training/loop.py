@@ -519,7 +519,7 @@ def train(config: Config, out: str | Path, resume: bool = False, job: Job = ALON
         try:
             job.run(enter)
             return _train(config, out, resume, job, stop)
-        except (TrainingInterrupted, TrainingDiverged):
+        except TrainingDiverged:
             raise
         except RuntimeError as error:
             if job.size == 1 or not is_lost(error):
