@@ -33,23 +33,32 @@ ALIASES = {
     "--device": "run.device",
     "--precision": "run.precision",
 }
+SWITCHES = ("channels_last", "compile")  # of the section "run"
 
 
 def build_parser() -> argparse.ArgumentParser:
+    parser = settings_parser("train", __doc__)
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/RECIPE-DATE-TIME)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, under its settings")
+    return parser
+
+
+def settings_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that ``build_config`` reads, ``--out`` and ``--resume`` aside."""
     meanings = all_keys()
     parser = argparse.ArgumentParser(
-        prog="python -m sabmn_ext.train",
-        description=__doc__.replace("``", ""),
+        prog=f"python -m sabmn_ext.{command}",
+        description=description.replace("``", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys for --set:\n" + "\n".join(f"  {key:31s} {meaning}" for key, meaning in meanings.items()),
     )
     parser.add_argument("--recipe", help="market1501, dukemtmc, demo or a TOML file (default: by the data)")
-    parser.add_argument("--out", type=Path, help="output folder (default: runs/RECIPE-DATE-TIME)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, under its settings")
     for option, key in ALIASES.items():
         parser.add_argument(option, dest=key, metavar="VALUE", help=f"{key}: {meanings[key]}")
     parser.add_argument("--image-size", metavar="HxW", help="image size in pixels (image.height, image.width)")
-    parser.add_argument("--channels-last", action="store_true", help=meanings["run.channels_last"])
+    for switch in SWITCHES:
+        help_text = f"run.{switch}: {meanings[f'run.{switch}']}"
+        parser.add_argument(f"--{switch.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=help_text)
     parser.add_argument("--no-camera-rule", action="store_true", help="ignore camera numbers (data.cameras)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key below")
     return parser
@@ -63,8 +72,9 @@ def build_config(args: argparse.Namespace) -> Config:
         if not size:
             raise ValueError(f"--image-size {args.image_size}: expected HxW in pixels, such as 256x128")
         changes["image.height"], changes["image.width"] = size.groups()
-    if args.channels_last:
-        changes["run.channels_last"] = "true"
+    for switch in SWITCHES:
+        if (value := getattr(args, switch)) is not None:
+            changes[f"run.{switch}"] = str(value).lower()
     if args.no_camera_rule:
         changes["data.cameras"] = "false"
     for item in args.set:
@@ -113,6 +123,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def is_message(error: Exception) -> bool:
+    """Whether the package itself has raised it, to be read, and it is no fault of the program."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(__file__).parent in Path(frames[-1].filename).parents
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     from sabmn_ext.training.interrupt import TrainingInterrupted
@@ -132,9 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except (ValueError, OSError, RuntimeError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if Path(__file__).parent not in Path(frames[-1].filename).parents:
-            raise  # not one of our own messages: the traceback is what helps
+        if not is_message(error):
+            raise  # the traceback is what helps
         print(f"error: {error}", file=sys.stderr)
         return 2
     if job.rank > 0:

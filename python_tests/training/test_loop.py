@@ -91,7 +91,7 @@ def test_result_and_files_of_a_run(options, tmp_path):
     result = run(options, out)
     assert set(result) == FIGURES | {
         *("gamma", "attention_ratio", "map_gamma_zero", "seconds", "steps", "recipe", "data", "untrained", "best"),
-        *("intervals", "verification", "counterfactuals", "flip"),
+        *("intervals", "verification", "counterfactuals", "flip", "loss"),
     }
     assert set(result["untrained"]) == FIGURES
     assert result["num_queries"] == 3
@@ -111,6 +111,7 @@ def test_result_and_files_of_a_run(options, tmp_path):
     assert {key: again[key] for key in FIGURES} == {key: result[key] for key in FIGURES}
     assert (again["flip"], again["verification"]) == (result["flip"], result["verification"])  # what search takes
     lines = (out / "log.txt").read_text().splitlines()
+    assert f"loss {result['loss']:.4f}" in lines[-1]
     assert [line.split()[:4] for line in lines] == [["epoch", f"{e}/3", "step", str(4 * e)] for e in (1, 2, 3)]
     assert "rate backbone 1.00e-03  rate added 1.00e-02" in lines[1]
     assert "rate backbone 1.00e-04  rate added 1.00e-03" in lines[2]

@@ -156,12 +156,13 @@ def test_a_second_signal_ends_at_once_but_not_within_a_second(tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_outside_the_steps_leaves_at_once(options, tmp_path, monkeypatch, capsys):
-    def extract_features(*args, **kwargs):
+@pytest.mark.parametrize("where", ["training.figures.extract_features", "data.images.to_rgb"])
+def test_a_signal_outside_the_steps_leaves_at_once(options, tmp_path, monkeypatch, capsys, where):
+    def stopped(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("the signal must end the evaluation")
+        raise AssertionError("the signal must end the evaluation, and is no image that cannot be read")
 
-    monkeypatch.setattr("sabmn_ext.training.figures.extract_features", extract_features)
+    monkeypatch.setattr(f"sabmn_ext.{where}", stopped)
     assert main([*options, "--out", str(tmp_path / "run")]) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
 

@@ -19,7 +19,8 @@ does: one update per reading in train mode. Deliberate differences:
   once is not supported.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -143,6 +144,19 @@ def spectral_norm_model(
     if preserve_eval:
         warn_about(rescale({name: (chosen[name], bn, layer_sigma(chosen[name])) for name, bn in following.items()}))
     return model
+
+
+@contextmanager
+def without_updates(model: nn.Module) -> Iterator[None]:
+    """While entered, forwards in train mode use u and v as they are: several of them have the same weights."""
+    layers = [module for module in model.modules() if isinstance(module, SpectralNorm) and module.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def layer_sigma(module: nn.Module) -> float:

@@ -31,16 +31,22 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     return curves
 
 
-def _axes(width: float = 4.4, height: float = 2.9) -> tuple[Any, Any]:
+def new_axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
     """A figure of its own, outside pyplot's list of open ones: no display, nothing to close."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    row = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for axes in row:
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure, row
+
+
+def _axes(width: float = 4.4, height: float = 2.9) -> tuple[Any, Any]:
+    figure, (axes,) = new_axes(width, height)
     return figure, axes
 
 

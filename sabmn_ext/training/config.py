@@ -97,6 +97,7 @@ class TrainKeys:
     epochs: int = _key(260, "passes over the training images", low=1)
     max_steps: int | None = _key(None, "end after this many steps, or 'none'", low=1)
     batch_size: int = _key(64, "images a step, of all processes together", low=2)
+    accumulate: int = _key(1, "equal parts that a step's images go through the network in, for less memory", low=1)
     sync_bn: bool = _key(False, "several processes: batch norm takes the statistics of all of them; needs GPUs")
     rate_backbone: float = _key(0.001, "learning rate of the backbone", low=0)
     rate_added: float = _key(0.01, "learning rate of the added layers", low=0)
@@ -104,6 +105,7 @@ class TrainKeys:
     momentum: float = _key(0.9, "SGD's momentum", low=0, high=1)
     weight_decay: float = _key(1e-5, "SGD's weight decay, on all parameters", low=0)
     label_smoothing: float = _key(0.0, "label smoothing of the cross-entropies", low=0, high=1)
+    loss_factor: float = _key(1.0, "the loss is multiplied by this", low=0)
 
 
 @dataclass
@@ -129,7 +131,8 @@ class RunKeys:
     seed: int = _key(0, "seed of weights, order, augmentation and dropout", low=0)
     device: str = _key("auto", "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'", harmless=True)
     precision: str = _key("fp32", "arithmetic of the network", choices=("fp32", "bf16", "fp16"))
-    channels_last: bool = _key(False, "keep images in NHWC order, often the faster one")
+    channels_last: bool = _key(True, "keep images in NHWC order, often the faster one")
+    compile: bool = _key(False, "train through torch.compile: slow to start, and needs a compiler of C++ or a GPU")
     checkpoint_minutes: float = _key(10.0, "write last.pt this often; 0: by steps only", low=0, harmless=True)
     checkpoint_steps: int = _key(0, "write last.pt every so many steps too; 0: never", low=0, harmless=True)
     log_steps: int = _key(10, "steps between points of the curves, checks of the loss", low=1, harmless=True)

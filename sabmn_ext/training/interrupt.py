@@ -10,8 +10,11 @@ from types import FrameType
 from typing import Any
 
 
-class TrainingInterrupted(RuntimeError):
-    """A signal ended the run. ``signum`` is its number; the message says what is saved and how to go on."""
+class TrainingInterrupted(BaseException):
+    """A signal ended the run. ``signum`` is its number; the message says what is saved and how to go on.
+
+    Like KeyboardInterrupt no Exception: what handles the errors of reading or writing a file must not take it for one.
+    """
 
     def __init__(self, signum: int, out: Path, where: str) -> None:
         go_on = f"; go on with: python -m sabmn_ext.train --out {out} --resume" * (out / "config.toml").exists()

@@ -29,6 +29,7 @@ from sabmn_ext.data.loader import steps_per_epoch, train_batches
 from sabmn_ext.data.records import ReidData, load_data
 from sabmn_ext.data.transforms import TrainTransform
 from sabmn_ext.nn.sabmn import SABMN
+from sabmn_ext.nn.spectral_norm import without_updates
 from sabmn_ext.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sabmn_ext.training.config import Config, config_from_dict, differences, load_recipe, to_toml
 from sabmn_ext.training.figures import features_of, final_figures, retrieval, score
@@ -50,6 +51,8 @@ def train_step(
     label_smoothing: float = 0.0,
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
+    loss_factor: float = 1.0,
+    accumulate: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """One optimisation step: the cross-entropies of all classifiers summed.
 
@@ -60,25 +63,45 @@ def train_step(
         label_smoothing: of every cross-entropy.
         precision: "fp32", or "bf16" or "fp16" for autocast; the losses are computed in float32.
         scaler: the gradient scaler that fp16 needs.
+        loss_factor: what the loss is multiplied by.
+        accumulate: equal parts that the batch goes through the model in, one after the other, for less memory. The
+            gradients are those of the whole batch, but for batch norm, which takes the statistics of each part. u and v
+            of spectral normalisation are updated once, by the first part.
 
     Returns:
         The loss and the number of images whose summed logits name the right class: 0-dim, detached, on the
         device (so that reading them is the caller's decision, and the device is not waited for).
     """
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
-        logits = [each.float() for each in model(images)]
-    losses = [F.cross_entropy(each, labels, label_smoothing=label_smoothing) for each in logits]
-    loss = torch.stack(losses).sum()
+    total, correct = labels.new_zeros((), dtype=torch.float32), labels.new_zeros(())
+    parts = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
+    for number, (part, names) in enumerate(parts, start=1):
+        with ExitStack() as held:
+            if number > 1:
+                held.enter_context(without_updates(model))
+            if number < accumulate and hasattr(model, "no_sync"):  # DDP averages gradients once, at the end
+                held.enter_context(model.no_sync())  # type: ignore[operator]
+            with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
+                logits = [each.float() for each in model(part)]
+            losses = [F.cross_entropy(each, names, label_smoothing=label_smoothing) for each in logits]
+            loss = torch.stack(losses).sum() * (loss_factor / accumulate)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        total += loss.detach()
+        correct += (torch.stack([each.detach() for each in logits]).sum(0).argmax(1) == names).sum()
     if scaler is None:
-        loss.backward()
         optimizer.step()
     else:
-        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    correct = (torch.stack([each.detach() for each in logits]).sum(0).argmax(1) == labels).sum()
-    return loss.detach(), correct
+    return total, correct
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a weight is not finite. ``step`` is the first such step, of ``total_steps``."""
+
+    def __init__(self, message: str, step: int, total_steps: int) -> None:
+        super().__init__(message)
+        self.step, self.total_steps = step, total_steps
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -182,16 +205,20 @@ class Trainer:
             lr=0.0,
             momentum=config.train.momentum,
             weight_decay=config.train.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
         )
         self.scaler = torch.amp.GradScaler(self.device.type) if config.run.precision == "fp16" else None
         self.network: nn.Module = self.model
         if job.size > 1:  # gradients are averaged; buffers, those of spectral normalisation too, are the first one's
             gpus = [self.device] if self.device.type == "cuda" else None
             self.network = nn.parallel.DistributedDataParallel(self.model, device_ids=gpus)
+        if config.run.compile:  # checkpoints and evaluation keep to self.model
+            self.network = torch.compile(self.network)  # type: ignore[assignment]
 
         self.step = self.saved_step = 0
         self.seconds = 0.0
         self.epoch_sums = {"steps": 0, "images": 0, "correct": 0, "loss": 0.0}  # of the epoch under way
+        self.epoch_loss: float | None = None  # of the last whole one
         self.log: list[str] = []
         self.best: dict[str, Any] | None = None
         self.untrained: dict[str, Any] | None = None
@@ -216,6 +243,11 @@ class Trainer:
                 f"train.batch_size = {batch}, all processes together, cannot be shared equally by {size} processes:"
                 f" give a multiple of {size}"
             )
+        if batch % (size * self.config.train.accumulate):
+            raise ValueError(
+                f"train.accumulate = {self.config.train.accumulate}: expected a divisor of the {batch // size} images"
+                f" that {'each process takes' if size > 1 else 'train.batch_size takes'} a step, since parts are equal"
+            )
         if self.config.train.sync_bn and self.device.type != "cuda" and size > 1:
             raise ValueError(
                 "train.sync_bn = true: torch's SyncBatchNorm needs a GPU for each process, and this run is on the"
@@ -231,6 +263,7 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.seconds, self.epoch_sums = state["seconds"], state["epoch_sums"]
         self.log, self.best, self.untrained = state["log"], state["best"], state["untrained"]
+        self.epoch_loss = state.get("epoch_loss")
 
     def save(self, name: str = "last.pt") -> None:
         """Write ``last.pt``, or ``best.pt``, which has no optimiser; refuses weights that are not finite.
@@ -255,6 +288,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict() if self.scaler else None,
                 "seconds": self._seconds(),
                 "epoch_sums": self.epoch_sums,
+                "epoch_loss": self.epoch_loss,
                 "log": self.log,
                 "best": self.best,
                 "untrained": self.untrained,
@@ -270,13 +304,14 @@ class Trainer:
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise self._not_finite(f"{key} has values that are not finite", self.step)
 
-    def _not_finite(self, what: str, step: int) -> RuntimeError:
-        return RuntimeError(
+    def _not_finite(self, what: str, step: int) -> TrainingDiverged:
+        message = (
             f"{what} at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}): the training diverged."
             f" The last good checkpoint is {self.out / 'last.pt'}, after step {self.saved_step}. Start again with"
             " lower rates (train.rate_backbone, train.rate_added), a warm-up (schedule.warmup_steps)"
             + (" or --precision fp32" if self.config.run.precision != "fp32" else "")
         )
+        return TrainingDiverged(message, step, self.total_steps)
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -362,6 +397,8 @@ class Trainer:
                 label_smoothing=config.train.label_smoothing,
                 precision=config.run.precision,
                 scaler=self.scaler,
+                loss_factor=config.train.loss_factor,
+                accumulate=config.train.accumulate,
             )
         except RuntimeError:  # spectral normalisation refuses weights that are not finite: name the cause, not it
             if self.job.size == 1:  # else it would wait for processes that have no such error
@@ -407,8 +444,9 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         self._settle()
         sums = self.epoch_sums
+        self.epoch_loss = sums["loss"] / sums["steps"]
         line = (
-            f"epoch {epoch}/{self.config.train.epochs}  step {self.step}  loss {sums['loss'] / sums['steps']:.4f}"
+            f"epoch {epoch}/{self.config.train.epochs}  step {self.step}  loss {self.epoch_loss:.4f}"
             f"  accuracy {sums['correct'] / sums['images']:.2%}"
         )
         line += "".join(f"  rate {g['name']} {g['lr']:.2e}" for g in self.optimizer.param_groups)
@@ -461,8 +499,8 @@ def train(config: Config, out: str | Path, resume: bool = False, job: Job = ALON
             processes differ from those of the run to resume; settings that do not fit the data; another process trains
             in ``out`` at this moment.
         FileNotFoundError: there is nothing in ``out`` to resume.
-        RuntimeError: the loss or a weight is not finite, or another process of the job has ended (names the step and
-            the last good checkpoint).
+        TrainingDiverged: the loss or a weight is not finite (names the step and the last good checkpoint).
+        RuntimeError: another process of the job has ended.
         TrainingInterrupted: SIGINT or SIGTERM; all that was done is saved.
     """
     out = Path(out)
@@ -481,7 +519,7 @@ def train(config: Config, out: str | Path, resume: bool = False, job: Job = ALON
         try:
             job.run(enter)
             return _train(config, out, resume, job, stop)
-        except TrainingInterrupted:
+        except TrainingDiverged:
             raise
         except RuntimeError as error:
             if job.size == 1 or not is_lost(error):
@@ -543,6 +581,7 @@ def _train(config: Config, out: Path, resume: bool, job: Job, stop: StopRequest)
         **figures,
         "seconds": round(trainer.seconds, 2),
         "steps": trainer.step,
+        "loss": trainer.epoch_loss,
         "recipe": config.recipe,
         "data": data.name,
         "untrained": trainer.untrained,
