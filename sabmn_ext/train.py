@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys for --set:\n" + "\n".join(f"  {key:31s} {meaning}" for key, meaning in meanings.items()),
     )
-    parser.add_argument("--recipe", help="market1501, dukemtmc, demo or a TOML file (default: by the data)")
+    parser.add_argument("--recipe", help="market1501, dukemtmc, strong, demo or a TOML file (default: by the data)")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/RECIPE-DATE-TIME)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, under its settings")
     for option, key in ALIASES.items():

@@ -57,7 +57,10 @@ def test_the_running_trainer_follows_the_paper(recipe, large_enough_market, tmp_
         assert record["images"] == (64, 3, 256, 128)
         assert record["labels"] == (64,)
         assert record["logits"] == 4
-        assert record["options"] == {"label_smoothing": 0.0, "precision": "fp32", "scaler": None}
+        assert record["options"] == {
+            **{"label_smoothing": 0.0, "triplet": 0.0, "triplet_margin": None},
+            **{"precision": "fp32", "scaler": None},
+        }
 
     model = trainer.model
     backbone, added = seen[1]["parameters"]

@@ -37,6 +37,7 @@ from sabmn_ext.training.interrupt import StopRequest, TrainingInterrupted
 from sabmn_ext.training.processes import ALONE, Job, is_lost
 from sabmn_ext.training.run_report import write_run_report
 from sabmn_ext.training.schedule import rate_factor
+from sabmn_ext.training.triplet import batch_hard_triplet_loss
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,16 +49,21 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     *,
     label_smoothing: float = 0.0,
+    triplet: float = 0.0,
+    triplet_margin: float | None = None,
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One optimisation step: the cross-entropies of all classifiers summed.
+    """One optimisation step: the cross-entropies of all classifiers summed, and the triplet loss.
 
     Args:
-        model: any module in train mode that returns a list of logits [B, num_classes].
+        model: any module in train mode that returns a list of logits [B, num_classes], or for ``triplet`` a pair: that
+            list, and features [B, D].
         images: [B, ...], on the model's device.
         labels: [B], int64, on the same device.
         label_smoothing: of every cross-entropy.
+        triplet: weight of ``batch_hard_triplet_loss``; 0: none.
+        triplet_margin: its margin; None for the soft one.
         precision: "fp32", or "bf16" or "fp16" for autocast; the losses are computed in float32.
         scaler: the gradient scaler that fp16 needs.
 
@@ -67,8 +73,12 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
-        logits = [each.float() for each in model(images)]
+        outputs = model(images)
+    heads, feature = outputs if triplet else (outputs, None)
+    logits = [each.float() for each in heads]
     losses = [F.cross_entropy(each, labels, label_smoothing=label_smoothing) for each in logits]
+    if feature is not None:
+        losses.append(triplet * batch_hard_triplet_loss(feature.float(), labels, triplet_margin))
     loss = torch.stack(losses).sum()
     if scaler is None:
         loss.backward()
@@ -161,7 +171,8 @@ class Trainer:
             erasing=augment.erasing,
             erasing_probability=augment.erasing_probability,
         )
-        self.steps_per_epoch = steps_per_epoch(self.dataset, config.train.batch_size)
+        self._check_triplets()
+        self.steps_per_epoch = steps_per_epoch(self.dataset, config.train.batch_size, config.train.images_per_identity)
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.total_steps = min(self.total_steps, config.train.max_steps or self.total_steps)
 
@@ -170,6 +181,7 @@ class Trainer:
         if state:  # the weights come from the checkpoint: nothing to download
             keys["weights"] = "none"
         self.model = SABMN(self.data.num_train_identities, **keys).to(self.device)
+        self.model.with_feature = config.train.triplet > 0
         if config.train.sync_bn and job.size > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if config.run.channels_last:
@@ -221,6 +233,17 @@ class Trainer:
                 "train.sync_bn = true: torch's SyncBatchNorm needs a GPU for each process, and this run is on the"
                 f" {self.device.type}. Without it, batch norm takes the statistics of each process's share,"
                 f" {batch // size} images"
+            )
+
+    def _check_triplets(self) -> None:
+        """A ValueError where a process's share of a batch does not hold the triplets that the loss is made of."""
+        size, keys = self.job.size, self.config.train
+        share, images = keys.batch_size // size, keys.images_per_identity
+        if keys.triplet and (images < 2 or share % images or share == images):
+            given = f"train.batch_size = {keys.batch_size}" + f", {share} for each of {size} processes" * (size > 1)
+            raise ValueError(
+                f"train.triplet = {keys.triplet} with train.images_per_identity = {images} and {given}: the triplet"
+                " loss needs 2 or more images of each identity, and 2 or more whole identities in each process's share"
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -316,6 +339,7 @@ class Trainer:
         batches: Iterable[tuple[Tensor, Tensor]] = train_batches(
             self.dataset,
             batch_size=config.train.batch_size,
+            images_per_identity=config.train.images_per_identity,
             seed=config.run.seed,
             epoch=epoch,
             first_step=self.step % self.steps_per_epoch,
@@ -360,6 +384,8 @@ class Trainer:
                 labels,
                 self.optimizer,
                 label_smoothing=config.train.label_smoothing,
+                triplet=config.train.triplet,
+                triplet_margin=config.train.triplet_margin,
                 precision=config.run.precision,
                 scaler=self.scaler,
             )
