@@ -52,7 +52,7 @@ def settings_parser(command: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys for --set:\n" + "\n".join(f"  {key:31s} {meaning}" for key, meaning in meanings.items()),
     )
-    parser.add_argument("--recipe", help="market1501, dukemtmc, demo or a TOML file (default: by the data)")
+    parser.add_argument("--recipe", help="market1501, dukemtmc, strong, demo or a TOML file (default: by the data)")
     for option, key in ALIASES.items():
         parser.add_argument(option, dest=key, metavar="VALUE", help=f"{key}: {meanings[key]}")
     parser.add_argument("--image-size", metavar="HxW", help="image size in pixels (image.height, image.width)")

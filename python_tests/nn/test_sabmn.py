@@ -141,6 +141,40 @@ def test_options(options: dict[str, object]) -> None:
     assert torch.equal(rebuilt.eval()(x), network(x))
 
 
+def test_bn_neck(seed: int) -> None:
+    """Before it: the triplet's feature, as without a neck. After it: classifiers and retrieval, the same features."""
+    torch.manual_seed(seed)
+    options = {"backbone": "resnet18", "weights": "none", "feature_dim": 24, "dropout": 0.0, "spectral_norm": False}
+    network = SABMN(5, bn_neck=True, **options).double()
+    plain = SABMN(5, **options).double()
+    network.with_feature = plain.with_feature = True
+    missing = plain.load_state_dict(network.state_dict(), strict=False).missing_keys
+    assert missing == [f"classifiers.{i}.bias" for i in range(4)]
+    images = torch.randn(6, 3, 32, 16, dtype=torch.float64)
+    with torch.no_grad():
+        network.attention.gamma.fill_(0.5)
+        network.feature_norm.weight.uniform_(0.5, 2)
+    plain.load_state_dict(network.state_dict(), strict=False)
+    logits, before = network(images)
+    assert torch.equal(plain(images)[1], before)
+    centred = before - before.mean(0)
+    after = network.feature_norm.weight * centred / (before.var(0, unbiased=False) + network.feature_norm.eps).sqrt()
+    assert (after < 0).any(), "a ReLU would show"
+    for head, classifier in zip(logits, network.classifiers, strict=True):
+        assert torch.allclose(head, after @ classifier.weight.T, atol=1e-12)
+    (sum(head.square().sum() for head in logits) + before.square().sum()).backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == ["feature_norm.bias"]
+    assert not network.feature_norm.bias.any()
+
+    neck, before = network.eval().feature_norm, plain.eval()(images)
+    expected = neck.weight * (before - neck.running_mean) / (neck.running_var + neck.eps).sqrt()
+    assert torch.allclose(network(images), expected, atol=1e-12)
+    assert not torch.allclose(network(images), before, atol=0.1)
+    rebuilt = SABMN(**json.loads(json.dumps(network.config)), weights="none").double()
+    rebuilt.load_state_dict(network.state_dict())
+    assert torch.equal(rebuilt.eval()(images), network(images))
+
+
 def test_deeper_backbones() -> None:
     for backbone, weights in (("resnet101", 104), ("resnet152", 155)):
         network = SABMN(3, backbone=backbone, weights="none", spectral_norm=False)

@@ -27,6 +27,8 @@ from sabmn_ext.training.config import (
         ("model.spectral_norm", "false", False),
         ("model.attention_stage", "none", None),
         ("model.attention_stage", "2", 2),
+        ("train.triplet_margin", "0.3", 0.3),
+        ("train.triplet_margin", "none", None),
         ("train.max_steps", "none", None),
         ("schedule.milestones", "[40, 70]", [40, 70]),
         ("data.path", "/some/where", "/some/where"),
@@ -97,11 +99,11 @@ def test_recipe_files_are_checked(tmp_path):
     assert config.recipe == "mine"
     assert config.train.epochs == 3
     assert type(config.train.rate_added) is float
-    with pytest.raises(FileNotFoundError, match="built-in recipes: demo, dukemtmc, market1501"):
+    with pytest.raises(FileNotFoundError, match="built-in recipes: demo, dukemtmc, market1501, strong"):
         load_recipe("marked1501")
 
 
-@pytest.mark.parametrize("name", ["market1501", "dukemtmc", "demo"])
+@pytest.mark.parametrize("name", ["market1501", "dukemtmc", "strong", "demo"])
 def test_recipes_survive_a_round_trip(name, tmp_path):
     config = load_recipe(name)
     set_key(config, "data.path", 'C:\\people "one"')

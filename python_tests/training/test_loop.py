@@ -13,6 +13,7 @@ from sabmn_ext.training import loop
 from sabmn_ext.training.checkpoint import load_checkpoint, load_model
 from sabmn_ext.training.config import Config, set_key
 from sabmn_ext.training.loop import split_identities, step_seed, train_step
+from sabmn_ext.training.triplet import batch_hard_triplet_loss
 
 FIGURES = {
     *("map", "map_trapezoid", "minp", "rank1", "rank5", "rank10", "chance_map"),
@@ -55,6 +56,32 @@ def test_train_step_sums_the_cross_entropies(batch, smoothing):
         assert int(correct) == int(((logits[0] + logits[1]).argmax(1) == labels).sum())
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class WithFeature(TwoHeads):
+    """And its feature before the heads."""
+
+    def forward(self, x):
+        return super().forward(x), 2 * x
+
+
+@pytest.mark.parametrize("margin", [None, 0.3])
+def test_train_step_adds_the_triplet_loss(batch, margin):
+    images, labels = batch
+    plain, both = TwoHeads(), WithFeature()
+    both.load_state_dict(plain.state_dict())
+    standing = torch.optim.SGD(both.parameters(), lr=0.0)
+    losses, gradients = [], []
+    for model, weight in ((plain, 0.0), (both, 0.7)):
+        x = images.clone().requires_grad_()
+        losses.append(train_step(model, x, labels, standing, triplet=weight, triplet_margin=margin)[0])
+        gradients.append(x.grad)
+    x = images.clone().requires_grad_()
+    triplets = batch_hard_triplet_loss(2 * x, labels, margin)
+    triplets.backward()
+    torch.testing.assert_close(losses[1], losses[0] + 0.7 * triplets.detach())
+    torch.testing.assert_close(gradients[1], gradients[0] + 0.7 * x.grad)
+    assert x.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -57,8 +57,10 @@ def test_the_running_trainer_follows_the_paper(recipe, large_enough_market, tmp_
         assert record["images"] == (64, 3, 256, 128)
         assert record["labels"] == (64,)
         assert record["logits"] == 4
-        plain = {"label_smoothing": 0.0, "precision": "fp32", "scaler": None, "loss_factor": 1.0, "accumulate": 1}
-        assert record["options"] == plain
+        assert record["options"] == {
+            **{"label_smoothing": 0.0, "triplet": 0.0, "triplet_margin": None, "loss_factor": 1.0},
+            **{"precision": "fp32", "scaler": None, "accumulate": 1},
+        }
 
     model = trainer.model
     backbone, added = seen[1]["parameters"]

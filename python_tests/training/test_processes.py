@@ -45,7 +45,7 @@ def record_steps(arguments):
                 module.eval()
         loss, _ = real_step(network, images, labels, *args, **kwargs)
         model = getattr(network, "module", network)
-        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         vectors = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(("._u", "._v"))}
         steps.append({"images": images, "labels": labels, "gradients": gradients, "vectors": vectors, "loss": loss})
         return loss, torch.tensor(0)
@@ -97,6 +97,35 @@ def test_samples_gradients_and_figures_are_those_of_one_process(few, tmp_path, s
     assert {name: result[name] for name in figures} == figures
     assert [each.printed.count("retrieval after training") for each in outcomes] == [1] + [0] * (size - 1)
     assert load_checkpoint(out / "last.pt")["processes"] == size
+
+
+@pytest.mark.heavy
+def test_identities_are_sampled_for_all_and_triplets_found_in_each_share(options, tmp_path):
+    """With the triplet loss of one process taken from the halves of its batches, its gradients are those of two."""
+    options = [*options, "--recipe", "strong", "--batch-size", "8", "--max-steps", "2", "--image-size", "32x16"]
+    options += ["--set", "train.images_per_identity=2", "--set", "model.dropout=0", "--set", "run.log_steps=1"]
+
+    def of_halves(rank):
+        of_all = loop.batch_hard_triplet_loss
+        halves = slice(4), slice(4, 8)
+        loop.batch_hard_triplet_loss = lambda features, labels, margin: (
+            sum(of_all(features[half], labels[half], margin) for half in halves) / 2
+        )
+        return record_steps([*options, "--out", str(tmp_path / "one")])
+
+    (alone,) = forked.run_forked(1, of_halves, tmp_path / "alone")
+    assert alone.code == 0, alone.printed
+    outcomes = forked.run_forked(
+        2, lambda rank: record_steps([*options, "--out", str(tmp_path / "run")]), tmp_path / "processes"
+    )
+    assert [each.code for each in outcomes] == [0, 0], "\n".join(each.printed for each in outcomes)
+    for expected, *shares in zip(alone.value, *(each.value for each in outcomes), strict=True):
+        assert all(torch.equal(*labels.view(2, 2).T) for labels in (share["labels"] for share in shares))
+        for name in ("images", "labels"):
+            assert torch.equal(torch.cat([share[name] for share in shares]), expected[name]), name
+        ours, theirs = shares[0]["gradients"].double(), expected["gradients"].double()
+        assert torch.equal(shares[1]["gradients"], shares[0]["gradients"])
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
 @pytest.mark.heavy
@@ -161,6 +190,14 @@ def test_settings_that_do_not_fit_the_processes(few, tmp_path):
         trainer(few, tmp_path, 4)
     with pytest.raises(ValueError, match=r"SyncBatchNorm needs a GPU .* on the cpu.* each process's share, 3 images"):
         trainer([*few, "--set", "train.sync_bn=true"], tmp_path, 2)
+    triplets = [*few, "--batch-size", "8", "--set", "train.triplet=1", "--set", "train.images_per_identity"]
+    for images, size, parts, given in (
+        *((0, 1, 1, "8:"), (1, 1, 1, "8:"), (8, 1, 1, "8:")),
+        *((4, 2, 1, r"8, 4 at once \(processes: 2"), (4, 1, 2, r"8, 4 at once .*accumulate = 2\)")),
+    ):
+        settings = [*triplets[:-1], f"{triplets[-1]}={images}", "--set", f"train.accumulate={parts}"]
+        with pytest.raises(ValueError, match=rf"per_identity = {images} and train.batch_size = {given}.* needs 2"):
+            trainer(settings, tmp_path, size)
     trainer([*few, "--set", "train.sync_bn=true"], tmp_path, 1)  # one process: all statistics are its own
 
 

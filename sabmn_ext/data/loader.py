@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .identities import check_identity_batches, identity_order
 from .images import ImageDataset, UnreadableImageError, check_on_error, load_image
 from .records import ImageRecord
 from .transforms import TrainTransform, normalize
@@ -22,10 +23,15 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed >> 1)
 
 
-def steps_per_epoch(dataset: ImageDataset, batch_size: int) -> int:
-    """Whole batches in one pass (the last incomplete one is dropped); a ValueError if there is none."""
+def steps_per_epoch(dataset: ImageDataset, batch_size: int, images_per_identity: int = 0) -> int:
+    """Whole batches in one pass (the last incomplete one is dropped); a ValueError if there is none.
+
+    images_per_identity: as in train_batches; a ValueError too if no batch can be made of such groups.
+    """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(f"batch_size must be in 1 … {len(dataset)}, the number of images; got {batch_size}")
+    if images_per_identity:
+        check_identity_batches(dataset.labels, batch_size, images_per_identity)
     return len(dataset) // batch_size
 
 
@@ -33,6 +39,7 @@ def train_batches(
     dataset: ImageDataset,
     *,
     batch_size: int,
+    images_per_identity: int = 0,
     seed: int,
     epoch: int,
     first_step: int = 0,
@@ -49,17 +56,23 @@ def train_batches(
     without decoding them, and torch's global generator is neither read nor moved. seed, epoch and first_step are 0
     or more.
 
+    images_per_identity: 0 for a plain shuffle, else K of identity sampling (identity_order): as many batches, each of
+        batch_size / K labels with K images of each side by side.
     device: where images are augmented, and where they and the labels end up.
     rank, processes: of every batch only this process's share, the rank-th of `processes` equal parts, in order.
     """
-    steps = steps_per_epoch(dataset, batch_size)
+    steps = steps_per_epoch(dataset, batch_size, images_per_identity)
     if min(seed, epoch, first_step) < 0:
         raise ValueError(f"seed, epoch and first_step must be 0 or more, got {seed}, {epoch}, {first_step}")
     if batch_size % processes or not 0 <= rank < processes:
         raise ValueError(f"batch_size {batch_size} cannot be shared equally by {processes} processes (rank {rank})")
     size = batch_size // processes
     share = slice(rank * size, (rank + 1) * size)
-    order = torch.randperm(len(dataset), generator=_generator(_ORDER, seed, epoch)).tolist()
+    generator = _generator(_ORDER, seed, epoch)
+    if images_per_identity:
+        order = identity_order(dataset.labels, batch_size, images_per_identity, steps, generator)
+    else:
+        order = torch.randperm(len(dataset), generator=generator).tolist()
     batches = [order[step * batch_size : (step + 1) * batch_size][share] for step in range(first_step, steps)]
     device = torch.device(device)
     items: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

@@ -2,6 +2,10 @@
 
     ResNet, last stride 1 → self-attention after one stage → global pooling → 1×1 convolution = the feature
     feature → batch norm → ReLU → dropout → several linear classifiers, whose losses are added
+
+With a BN neck (Luo et al., "Bag of Tricks and a Strong Baseline", CVPR workshops 2019, arXiv:1903.07071) the same batch
+norm is the neck: the feature before it is for a triplet loss, the one after it for retrieval and, without the ReLU, for
+the classifiers; as there, the neck has no shift and the classifiers have no bias.
 """
 
 from typing import Any
@@ -32,12 +36,16 @@ class SABMN(nn.Module):
         last_stride: stride of the fourth stage.
         pooling: "max" or "avg", over all positions.
         feature_bias: whether the added 1×1 convolution has a bias.
+        bn_neck: whether the feature for retrieval is the one after the batch norm, see above.
         weights: of the backbone: "imagenet" (downloaded once), "none" or None (random), or a file; see
             ``load_backbone_weights``.
 
     Shape:
         images [B, 3, H, W], normalised as ImageNet's → train mode: ``num_classifiers`` tensors [B, num_classes];
-        eval mode: [B, feature_dim], the output of the 1×1 convolution.
+        eval mode: [B, feature_dim], the output of the 1×1 convolution or of the BN neck after it.
+
+    Attributes:
+        with_feature: set to True, train mode gives a pair: the logits, and the output of the 1×1 convolution.
 
     The added layers start as is usual in re-ID: the convolution from a Kaiming-normal distribution (fan out), the
     classifiers from a normal distribution of standard deviation 0.001 with zero bias.
@@ -61,6 +69,7 @@ class SABMN(nn.Module):
         last_stride: int = 1,
         pooling: str = "max",
         feature_bias: bool = False,
+        bn_neck: bool = False,
         weights: str | None = "imagenet",
     ) -> None:
         super().__init__()
@@ -83,6 +92,7 @@ class SABMN(nn.Module):
             "last_stride": last_stride,
             "pooling": pooling,
             "feature_bias": feature_bias,
+            "bn_neck": bn_neck,
         }
         self.backbone = ResNet(backbone, last_stride)
         load_backbone_weights(self.backbone, backbone, weights or "none")
@@ -94,12 +104,17 @@ class SABMN(nn.Module):
         self.feature = nn.Conv2d(self.backbone.channels[3], feature_dim, 1, bias=feature_bias)
         nn.init.kaiming_normal_(self.feature.weight, mode="fan_out")
         self.feature_norm = nn.BatchNorm1d(feature_dim)
-        self.relu = nn.ReLU(inplace=True)
+        self.with_feature = False
+        self.bn_neck = bn_neck
+        if bn_neck:
+            self.feature_norm.bias.requires_grad_(False)  # stays at 0
+        self.relu = nn.Identity() if bn_neck else nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
-        classifiers = [nn.Linear(feature_dim, num_classes) for _ in range(num_classifiers)]
+        classifiers = [nn.Linear(feature_dim, num_classes, bias=not bn_neck) for _ in range(num_classifiers)]
         for classifier in classifiers:
             nn.init.normal_(classifier.weight, std=0.001)
-            nn.init.zeros_(classifier.bias)
+            if not bn_neck:
+                nn.init.zeros_(classifier.bias)
         self.classifiers = nn.ModuleList(classifiers)
         if spectral_norm:
             self._normalize()
@@ -111,7 +126,7 @@ class SABMN(nn.Module):
         spectral_norm_model(self, preserve_eval=False)
         warn_about(rescale({n: (convolutions[n], bn, layer_sigma(convolutions[n])) for n, bn in following.items()}))
 
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, images: Tensor) -> Tensor | list[Tensor] | tuple[list[Tensor], Tensor]:
         x = self.backbone.stem(images)
         for number, stage in enumerate(self.backbone.stages, start=1):
             x = stage(x)
@@ -119,9 +134,10 @@ class SABMN(nn.Module):
                 x = self.attention(x)
         feature = self.feature(self.pool(x)).flatten(1)  # [B, feature_dim]
         if not self.training:
-            return feature
+            return self.feature_norm(feature) if self.bn_neck else feature  # type: ignore[no-any-return]
         shared = self.dropout(self.relu(self.feature_norm(feature)))
-        return [classifier(shared) for classifier in self.classifiers]
+        logits = [classifier(shared) for classifier in self.classifiers]
+        return (logits, feature) if self.with_feature else logits
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter once: of the pretrained ``backbone``, of the ``attention`` block, of the layers ``added``."""

@@ -57,7 +57,9 @@ class PlainNetwork(nn.Module):
         remove_spectral_norm(self.model)
         if self.model.attention is not None:
             self.model.add_module("attention", PlainAttention(self.model.attention))
-        del self.model.feature_norm, self.model.classifiers  # used in training only: the file need not hold them
+        del self.model.classifiers  # used in training only: the file need not hold them
+        if not self.model.bn_neck:
+            del self.model.feature_norm
         self.flip = flip
 
     def forward(self, images: Tensor) -> Tensor:

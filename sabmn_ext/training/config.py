@@ -90,6 +90,7 @@ class ModelKeys:
     last_stride: int = _key(1, "stride of the last stage", choices=(1, 2))
     pooling: str = _key("max", "global pooling", choices=("max", "avg"))
     feature_bias: bool = _key(False, "a bias in the added 1x1 convolution")
+    bn_neck: bool = _key(False, "BN neck: the feature for retrieval is the one after batch norm")
 
 
 @dataclass
@@ -98,6 +99,9 @@ class TrainKeys:
     max_steps: int | None = _key(None, "end after this many steps, or 'none'", low=1)
     batch_size: int = _key(64, "images a step, of all processes together", low=2)
     accumulate: int = _key(1, "equal parts that a step's images go through the network in, for less memory", low=1)
+    images_per_identity: int = _key(
+        0, "K of identity sampling: batch_size / K identities a batch, K images of each; 0: plain shuffling", low=0
+    )
     sync_bn: bool = _key(False, "several processes: batch norm takes the statistics of all of them; needs GPUs")
     rate_backbone: float = _key(0.001, "learning rate of the backbone", low=0)
     rate_added: float = _key(0.01, "learning rate of the added layers", low=0)
@@ -106,6 +110,8 @@ class TrainKeys:
     weight_decay: float = _key(1e-5, "SGD's weight decay, on all parameters", low=0)
     label_smoothing: float = _key(0.0, "label smoothing of the cross-entropies", low=0, high=1)
     loss_factor: float = _key(1.0, "the loss is multiplied by this", low=0)
+    triplet: float = _key(0.0, "weight of the batch-hard triplet loss beside the cross-entropies; 0: none", low=0)
+    triplet_margin: float | None = _key(None, "margin of the triplet loss, or 'none' for the soft margin", low=0)
 
 
 @dataclass

@@ -38,6 +38,7 @@ from sabmn_ext.training.interrupt import StopRequest, TrainingInterrupted
 from sabmn_ext.training.processes import ALONE, Job, is_lost
 from sabmn_ext.training.run_report import write_run_report
 from sabmn_ext.training.schedule import rate_factor
+from sabmn_ext.training.triplet import batch_hard_triplet_loss
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,18 +50,23 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     *,
     label_smoothing: float = 0.0,
+    triplet: float = 0.0,
+    triplet_margin: float | None = None,
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
     loss_factor: float = 1.0,
     accumulate: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """One optimisation step: the cross-entropies of all classifiers summed.
+    """One optimisation step: the cross-entropies of all classifiers summed, and the triplet loss.
 
     Args:
-        model: any module in train mode that returns a list of logits [B, num_classes].
+        model: any module in train mode that returns a list of logits [B, num_classes], or for ``triplet`` a pair: that
+            list, and features [B, D].
         images: [B, ...], on the model's device.
         labels: [B], int64, on the same device.
         label_smoothing: of every cross-entropy.
+        triplet: weight of ``batch_hard_triplet_loss``; 0: none.
+        triplet_margin: its margin; None for the soft one.
         precision: "fp32", or "bf16" or "fp16" for autocast; the losses are computed in float32.
         scaler: the gradient scaler that fp16 needs.
         loss_factor: what the loss is multiplied by.
@@ -82,8 +88,12 @@ def train_step(
             if number < accumulate and hasattr(model, "no_sync"):  # DDP averages gradients once, at the end
                 held.enter_context(model.no_sync())  # type: ignore[operator]
             with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
-                logits = [each.float() for each in model(part)]
+                outputs = model(part)
+            heads, feature = outputs if triplet else (outputs, None)
+            logits = [each.float() for each in heads]
             losses = [F.cross_entropy(each, names, label_smoothing=label_smoothing) for each in logits]
+            if feature is not None:
+                losses.append(triplet * batch_hard_triplet_loss(feature.float(), names, triplet_margin))
             loss = torch.stack(losses).sum() * (loss_factor / accumulate)
             (loss if scaler is None else scaler.scale(loss)).backward()
         total += loss.detach()
@@ -184,7 +194,8 @@ class Trainer:
             erasing=augment.erasing,
             erasing_probability=augment.erasing_probability,
         )
-        self.steps_per_epoch = steps_per_epoch(self.dataset, config.train.batch_size)
+        self._check_triplets()
+        self.steps_per_epoch = steps_per_epoch(self.dataset, config.train.batch_size, config.train.images_per_identity)
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.total_steps = min(self.total_steps, config.train.max_steps or self.total_steps)
 
@@ -193,6 +204,7 @@ class Trainer:
         if state:  # the weights come from the checkpoint: nothing to download
             keys["weights"] = "none"
         self.model = SABMN(self.data.num_train_identities, **keys).to(self.device)
+        self.model.with_feature = config.train.triplet > 0
         if config.train.sync_bn and job.size > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if config.run.channels_last:
@@ -253,6 +265,20 @@ class Trainer:
                 "train.sync_bn = true: torch's SyncBatchNorm needs a GPU for each process, and this run is on the"
                 f" {self.device.type}. Without it, batch norm takes the statistics of each process's share,"
                 f" {batch // size} images"
+            )
+
+    def _check_triplets(self) -> None:
+        """A ValueError where the images that go through the network at once do not hold the loss's triplets."""
+        size, keys = self.job.size, self.config.train
+        images, parts = keys.images_per_identity, size * keys.accumulate
+        share = keys.batch_size // parts
+        if keys.triplet and (images < 2 or share % images or share == images):
+            given = f"train.batch_size = {keys.batch_size}"
+            if parts > 1:
+                given += f", {share} at once (processes: {size}, train.accumulate = {keys.accumulate})"
+            raise ValueError(
+                f"train.triplet = {keys.triplet} with train.images_per_identity = {images} and {given}: the triplet"
+                " loss needs 2 or more images of each identity, and 2 or more whole identities at once"
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -351,6 +377,7 @@ class Trainer:
         batches: Iterable[tuple[Tensor, Tensor]] = train_batches(
             self.dataset,
             batch_size=config.train.batch_size,
+            images_per_identity=config.train.images_per_identity,
             seed=config.run.seed,
             epoch=epoch,
             first_step=self.step % self.steps_per_epoch,
@@ -395,6 +422,8 @@ class Trainer:
                 labels,
                 self.optimizer,
                 label_smoothing=config.train.label_smoothing,
+                triplet=config.train.triplet,
+                triplet_margin=config.train.triplet_margin,
                 precision=config.run.precision,
                 scaler=self.scaler,
                 loss_factor=config.train.loss_factor,
