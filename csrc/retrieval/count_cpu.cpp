@@ -12,8 +12,9 @@
 //      u (2.0001 (A + B) + e) in turn, since |x| ≤ 2.0001 (A + B). Together less than 7 u (A + B) + u e.
 //   4. ‖a‖², ‖b‖² in double and the exact distance: each is off by at most (D + 64) 2⁻⁵² of 2 (A + B); for the cosine by
 //      32 (D + 64) 2⁻⁵² times 2^(2 scale), since unit vectors are subtracted from c.
-//   5. Underflow, gradual or flushed to zero: each of the 4 D roundings loses at most 2⁻¹²⁶ more. The exact distance's own,
-//      D 2⁻¹⁰⁷⁴, times 2^(2 scale).
+//   5. Underflow, gradual or flushed to zero: each of at most 20 D roundings, as many as a product on the tensor cores takes,
+//      loses at most 2⁻¹²⁶ more, of one factor of at most √2 or of a term. The exact distance's own, D 2⁻¹⁰⁷⁴, times
+//      2^(2 scale).
 // So e = 2 β ‖a‖‖b‖ + κ (A + B) + η, with every constant rounded up and 1 + 2⁻¹⁰ to spare for the arithmetic of e itself.
 // lo = x − e and hi = x + e then enclose the exact distance, and a pair is certain where both lie on the same side of each
 // threshold (a true match's distance), and in the same bin of the histogram. Nothing rests on who computes the product.
