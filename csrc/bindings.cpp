@@ -27,6 +27,7 @@
 #include "retrieval/nearest.h"
 #include "retrieval/rerank.h"
 #include "retrieval/retrieval.h"
+#include "retrieval/retrieval_cuda.h"
 #include "spectral_norm/spectral_norm.h"
 #include "spectral_norm/spectral_norm_cuda.h"
 
@@ -328,6 +329,72 @@ int count_nonmatches_in_rows(const MatrixFields& rows, const LabelFields& labels
                                                              usable_threads(threads));
 }
 
+#ifdef SABMN_CUDA_TARGETS
+// Panels, values, rows.
+using PackedFields = std::array<std::int64_t, 3>;
+// Of queries and gallery, 0 unless the metric is the cosine.
+using NormFields = std::array<std::uintptr_t, 2>;
+
+PackedSide packed_side_of(const PackedFields& fields) {
+    return {pointer<float>(fields[0]), pointer<float>(fields[1]), fields[2]};
+}
+
+SquaredNorms squared_norms_of(const NormFields& fields) {
+    return {pointer<double>(fields[0]), pointer<double>(fields[1])};
+}
+
+int squared_norms_launch(const MatrixFields& features, std::uintptr_t norms, int dtype, std::uintptr_t stream) {
+    return squared_norms_cuda(matrix_of(features, dtype), pointer<double>(norms), pointer<void>(stream));
+}
+
+int pair_distances_launch(const MatrixFields& query, const MatrixFields& gallery, const NormFields& norms,
+                          std::uintptr_t query_indices, std::uintptr_t gallery_indices, std::int64_t num_pairs,
+                          std::uintptr_t distances, int dtype, std::uintptr_t stream) {
+    return pair_distances_cuda(matrix_of(query, dtype), matrix_of(gallery, dtype), squared_norms_of(norms),
+                               pointer<std::int64_t>(query_indices), pointer<std::int64_t>(gallery_indices), num_pairs,
+                               pointer<double>(distances), pointer<void>(stream));
+}
+
+int count_nonmatches_in_rows_launch(const MatrixFields& rows, const LabelFields& labels, const MatchFields& matches,
+                                    const BinFields& bins, int dtype, std::uintptr_t stream) {
+    return count_nonmatches_in_rows_cuda(matrix_of(rows, dtype), labels_of(labels), matches_of(matches), bins_of(bins),
+                                         pointer<void>(stream));
+}
+
+int pack_features_launch(const MatrixFields& features, std::uintptr_t items, std::int64_t count,
+                         std::uintptr_t squared_norms, std::uintptr_t center, int scale, bool query,
+                         const PackedFields& packed, int dtype, std::uintptr_t stream) {
+    return pack_features_cuda(matrix_of(features, dtype), pointer<std::int64_t>(items), count,
+                              pointer<double>(squared_norms), pointer<double>(center), scale, query,
+                              packed_side_of(packed), pointer<void>(stream));
+}
+
+// sides: query, gallery; tile: items, below, above, listed, num_listed.
+int count_nonmatches_launch(const MatrixFields& query, const MatrixFields& gallery, const NormFields& norms,
+                            const LabelFields& labels, const MatchFields& matches, const BinFields& bins, int scale,
+                            const std::array<PackedFields, 2>& sides, std::int64_t count,
+                            const std::array<std::uintptr_t, 5>& tile, int dtype, std::uintptr_t stream) {
+    const RankingTile ranking = {packed_side_of(sides[0]),       packed_side_of(sides[1]),
+                                 pointer<std::int64_t>(tile[0]), count,
+                                 pointer<float>(tile[1]),        pointer<float>(tile[2]),
+                                 pointer<std::uint32_t>(tile[3]), pointer<std::uint32_t>(tile[4])};
+    return count_nonmatches_cuda(matrix_of(query, dtype), matrix_of(gallery, dtype), squared_norms_of(norms),
+                                 labels_of(labels), matches_of(matches), bins_of(bins), scale, ranking,
+                                 pointer<void>(stream));
+}
+
+void define_retrieval_cuda(py::module_& m) {
+    using released = py::call_guard<py::gil_scoped_release>;
+    m.attr("PACKED_ROWS") = packed_rows;
+    m.attr("PACKED_DEPTH") = packed_depth;
+    m.def("squared_norms_cuda", squared_norms_launch, released());
+    m.def("pair_distances_cuda", pair_distances_launch, released());
+    m.def("count_nonmatches_in_rows_cuda", count_nonmatches_in_rows_launch, released());
+    m.def("pack_features_cuda", pack_features_launch, released());
+    m.def("count_nonmatches_cuda", count_nonmatches_launch, released());
+}
+#endif
+
 // ---- search ----
 
 // The members of the structs, in their order.
@@ -538,6 +605,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
     m.def("cuda_info", cuda_info);
     define_spectral_norm_cuda(m);
     define_attention_cuda(m);
+    define_retrieval_cuda(m);
 #endif
     m.def("spectral_norm_workspace", spectral_norm_workspace);
     m.def("spectral_norm_forward", spectral_norm_forward);

@@ -12,8 +12,9 @@
 //      u (2.0001 (A + B) + e) in turn, since |x| ≤ 2.0001 (A + B). Together less than 7 u (A + B) + u e.
 //   4. ‖a‖², ‖b‖² in double and the exact distance: each is off by at most (D + 64) 2⁻⁵² of 2 (A + B); for the cosine by
 //      32 (D + 64) 2⁻⁵² times 2^(2 scale), since unit vectors are subtracted from c.
-//   5. Underflow, gradual or flushed to zero: each of the 4 D roundings loses at most 2⁻¹²⁶ more. The exact distance's own,
-//      D 2⁻¹⁰⁷⁴, times 2^(2 scale).
+//   5. Underflow, gradual or flushed to zero: each of at most 20 D roundings, as many as a product on the tensor cores takes,
+//      loses at most 2⁻¹²⁶ more, of one factor of at most √2 or of a term. The exact distance's own, D 2⁻¹⁰⁷⁴, times
+//      2^(2 scale).
 // So e = 2 β ‖a‖‖b‖ + κ (A + B) + η, with every constant rounded up and 1 + 2⁻¹⁰ to spare for the arithmetic of e itself.
 // lo = x − e and hi = x + e then enclose the exact distance, and a pair is certain where both lie on the same side of each
 // threshold (a true match's distance), and in the same bin of the histogram. Nothing rests on who computes the product.
@@ -26,6 +27,7 @@
 // small buffer, then the buffer's rows are counted while they are in the cache. A query's counts and a thread's histogram
 // have one writer: no atomics.
 
+#include "retrieval/bound.h"
 #include "retrieval/exact.h"
 
 #include <omp.h>
@@ -92,23 +94,8 @@ void multiply_panels(const float* rows, const float* columns, int64_t dim, float
 
 // ---- the error bound ----
 
-struct Bound {
-    double dot, sum, absolute;  // e = dot ‖a‖‖b‖ + sum (A + B) + absolute
-
-    Bound(int64_t dim, Metric metric, int scale) {
-        const double u = 0x1p-24, spare = 1.0 + 0x1p-10, roundings = (dim + 64) * 0x1p-52;
-        const double depth = static_cast<double>(chunk + (dim + chunk - 1) / chunk + 1);
-        const double gamma = depth * u < 0.5 ? depth * u / (1.0 - depth * u) : __builtin_inf();
-        const double shift = __builtin_ldexp(1.0, 2 * scale);
-        dot = spare * 2.0 * (gamma * (1.0 + u) * (1.0 + u) + 2.0 * u + u * u);
-        sum = spare * (8.0 * u + 4.0 * roundings);
-        absolute = spare * (16.0 * dim * 0x1p-126 + dim * 0x1p-1074 * shift);
-        if (metric == Metric::cosine) absolute += spare * 32.0 * roundings * shift;
-    }
-};
-
-// Not below `value`, up to the few ulp that the bound has to spare.
-float round_up(double value) { return static_cast<float>(value * (1.0 + 0x1p-20)); }
+// Of a term of the product: see 2. above.
+double product_error(int64_t dim) { return rounding_error(static_cast<double>(chunk + (dim + chunk - 1) / chunk + 1)); }
 
 // ---- packing ----
 
@@ -277,6 +264,7 @@ struct Counter {
     const Scratch& scratch;
     const Packed& queries;  // of this block
     double unit;            // x = unit · distance
+    int32_t lowest;         // key of the lowest bin for x
 
     void operator()(int64_t query, int64_t position, const float* product) const {
         const int32_t pid = sides.labels.query_pids[query];
@@ -284,7 +272,7 @@ struct Counter {
         enclose(sides, product, queries.squares[position], queries.lengths[position], queries.errors[position], pid, tile,
                 scratch);
         const int32_t camid = sides.labels.query_camids == nullptr ? ~no_camera : sides.labels.query_camids[query];
-        int64_t uncertain = find_bins(sides, pid, camid, lowest_bin(), tile, scratch);
+        int64_t uncertain = find_bins(sides, pid, camid, lowest, tile, scratch);
         for (int64_t j = 0; j < tile.count; ++j) ++scratch.histogram[scratch.bins[j]];
 
         const int64_t begin = sides.matches.offsets[query], num_matches = sides.matches.offsets[query + 1] - begin;
@@ -313,13 +301,6 @@ struct Counter {
                 if (before < num_matches) ++counts[before];
             });
         }
-    }
-
-    // The key of the lowest bin for x in float32: the exponents differ by the two biases and by that of `unit`.
-    int32_t lowest_bin() const {
-        const int64_t exponent = 2 * sides.filter.scale + (metric == Metric::cosine);
-        const int64_t lowest = sides.bins.lowest - ((1023 - 127 - exponent) << bin_bits);
-        return static_cast<int32_t>(lowest < 0 ? 0 : smaller(lowest, int64_t{256} << bin_bits));
     }
 
     // Adds the items that are certainly before one match, and marks those that may be; returns how many.
@@ -454,7 +435,9 @@ void count_all(const Sides& sides) {
     const Filter& filter = sides.filter;
     const int64_t block_rows = round_to(smaller(filter.block_rows, sides.query.rows), panel_rows);
     const int64_t tile_rows = round_to(filter.tile_rows, panel_columns);
-    const double unit = __builtin_ldexp(metric == Metric::cosine ? 2.0 : 1.0, 2 * filter.scale);
+    const int exponent = scaled_exponent(metric, filter.scale);
+    const double unit = __builtin_ldexp(1.0, exponent);
+    const int32_t lowest = lowest_float_bin(sides.bins, exponent);
     Arena arena{filter.workspace};
     const Packed queries = take_packed(arena, block_rows, sides.dim);
     Tile tile = take_tile(arena, tile_rows, sides.dim);
@@ -491,7 +474,7 @@ void count_all(const Sides& sides) {
                     pack_panel<metric>(sides, sides.gallery, tile.items + position, 0, count, panel_columns, position,
                                        tile.packed, scratch.row);
                 }
-                const Counter<metric> counter{sides, tile, scratch, queries, unit};
+                const Counter<metric> counter{sides, tile, scratch, queries, unit, lowest};
 #pragma omp for schedule(dynamic)
                 for (int64_t task = 0; task < (panels + task_panels - 1) / task_panels; ++task) {
                     const int64_t first_panel = task * task_panels, last_panel = smaller(first_panel + task_panels, panels);
@@ -530,7 +513,8 @@ int count_nonmatches(const Matrix& query, const Matrix& gallery, const Labels& l
                      Metric metric, const Bins& bins, const Filter& filter) {
     ReadRow* read = row_reader(query.dtype);
     if (read == nullptr) return unsupported_dtype;
-    const Sides sides = {query, gallery, labels, matches, bins, filter, Bound(query.columns, metric, filter.scale), read,
+    const Sides sides = {query, gallery, labels, matches, bins, filter,
+                         Bound(query.columns, metric, filter.scale, product_error(query.columns)), read,
                          query.columns, padded_dim(query.columns)};
     for (int64_t bin = 0; bin < bins.count; ++bin) bins.counts[bin] = 0;
     for (int64_t m = 0; m < matches.offsets[query.rows]; ++m) matches.counts[m] = 0;

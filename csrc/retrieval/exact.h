@@ -7,6 +7,7 @@
 // Included by the *_cpu.cpp of this folder; a copy for each instruction set (common/isa.h).
 #pragma once
 
+#include "retrieval/order.h"
 #include "retrieval/retrieval.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -133,39 +134,6 @@ double sum(const double* query, const T* gallery, int64_t dim) {
 
 [[maybe_unused]] double cosine_distance(double dot, double query_norm, double gallery_norm) {
     return 1.0 - dot / (query_norm * gallery_norm);
-}
-
-// ---- counting ----
-
-// How many of a query's true matches come before an item; (distance, index) is compared.
-[[maybe_unused]] int64_t matches_before(double distance, int64_t index, const double* thresholds, const int64_t* indices,
-                       int64_t num_matches) {
-    int64_t before = 0;
-    for (int64_t left = num_matches; left > 0;) {
-        const int64_t half = left / 2, middle = before + half;
-        const bool match_first =
-            thresholds[middle] < distance || (thresholds[middle] == distance && indices[middle] < index);
-        before = match_first ? middle + 1 : before;
-        left = match_first ? left - half - 1 : half;
-    }
-    return before;
-}
-
-
-// The bin of a distance. The bits of a double, as a signed number, are in its order; 10 of the mantissa's are kept. An upper
-// edge belongs to its bin: hence − 1.
-[[maybe_unused]] int64_t bin_of(double distance, const Bins& bins) {
-    int64_t order;
-    __builtin_memcpy(&order, &distance, sizeof order);
-    if (order < 0) order = -(order & INT64_MAX);
-    int64_t bin = (order - 1) >> (52 - bin_bits);
-    if (bin >= 0) {
-        bin = bin > bins.lowest ? bin - bins.lowest : 0;
-    } else {
-        bin = bin < -bins.lowest ? bin + bins.lowest - 1 : -1;
-    }
-    bin += bins.negative;
-    return bin < 0 ? 0 : bin < bins.count ? bin : bins.count - 1;
 }
 
 }  // namespace

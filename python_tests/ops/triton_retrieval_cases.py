@@ -27,7 +27,7 @@ from retrieval_cases import (
 from torch import Tensor
 
 from sabmn_ext import _native, evaluate_retrieval
-from sabmn_ext.ops import dispatch, reference, retrieval
+from sabmn_ext.ops import dispatch, gpu_ranking, reference, retrieval
 from sabmn_ext.ops.triton import retrieval as launches
 from sabmn_ext.ops.triton import retrieval_kernels as kernels
 
@@ -79,7 +79,7 @@ def test_same_bits_as_the_other_backends(draw: Callable[..., Tensor], metric: st
 
 @pytest.mark.parametrize("draw", [draw_features, near_duplicates])
 def test_many_blocks_tiles_and_matches(draw: Callable[..., Tensor], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launches, "_TILE_ROWS", 67)
+    monkeypatch.setattr(gpu_ranking, "_TILE_ROWS", 67)
     monkeypatch.setattr(launches, "_REFINED_PAIRS", 700)
     query, gallery = draw(66, 70, torch.float32, seed), draw(141, 70, torch.float32, seed + 1)
     case = draw_case(66, 141, seed, pids=2)

@@ -2,9 +2,9 @@
 
 Private ops, apart because a gallery in several parts needs them apart: squared lengths, the distances of the true
 matches, and the counts with the histogram of the non-matches. Distances are float64 sums in a fixed order
-(``reference.pair_distances``): the same bits from every backend, tile and number of threads. The C++ and the Triton
-kernels compute in float32 what is certain by a proven bound, and the rest exactly: csrc/retrieval/count_cpu.cpp and
-ops/triton/retrieval_kernels.py.
+(``reference.pair_distances``): the same bits from every backend, tile and number of threads. The C++, the CUDA and the
+Triton kernels compute in float32 what is certain by a proven bound, and the rest exactly: csrc/retrieval/count_cpu.cpp,
+csrc/retrieval/retrieval_cuda.cu and ops/triton/retrieval_kernels.py.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
 
 METRICS = ("euclidean", "cosine")
+_GPU = ("cuda", "triton")
 _BLOCK_BYTES = 1 << 24  # packed queries
 _TILE_BYTES = 1 << 21  # packed gallery items: in the caches
 _TILE_ROWS = 512
@@ -37,6 +38,7 @@ _library.define(
 for _operation in ("squared_norms", "pair_distances", "count_nonmatches"):
     dispatch.register(
         _operation,
+        cuda=dispatch.native_cuda(*dispatch.DTYPE_CODES),
         triton=dispatch.triton(*dispatch.DTYPE_CODES),
         cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
     )
@@ -80,11 +82,13 @@ def _check_indices(name: str, indices: Tensor, size: int) -> None:
         raise ValueError(f"{name} leaves the range 0 … {size - 1}")
 
 
-def _triton() -> Any:
-    return importlib.import_module("sabmn_ext.ops.triton.retrieval")
+def _launches(backend: str) -> Any:
+    """The module of a GPU backend."""
+    return importlib.import_module(f"sabmn_ext.ops.{backend}.retrieval")
 
 
 def _fields(matrix: Tensor) -> tuple[int, ...]:
+    """A matrix as csrc/bindings.cpp takes it."""
     return matrix.data_ptr(), *matrix.shape, *matrix.stride()
 
 
@@ -99,8 +103,8 @@ def _squared_norms(features: Tensor, backend: str | None) -> Tensor:
     chosen = dispatch.choose("squared_norms", backend, features.device, features.dtype)
     if chosen == "torch":
         return reference.squared_norms(features)
-    if chosen == "triton":
-        return _triton().squared_norms(features)  # type: ignore[no-any-return]
+    if chosen in _GPU:
+        return _launches(chosen).squared_norms(features)  # type: ignore[no-any-return]
     assert _native.module is not None
     norms, workspace = torch.empty(len(features), dtype=torch.float64), _workspace(1, features.shape[1])
     code, threads = dispatch.DTYPE_CODES[features.dtype], torch.get_num_threads()
@@ -121,8 +125,8 @@ def _pair_distances(
     _check_indices("gallery_indices", gallery_indices, len(gallery))
     if query_indices.shape != gallery_indices.shape:
         raise ValueError(f"{len(query_indices)} query_indices but {len(gallery_indices)} gallery_indices")
-    if chosen == "triton":
-        found = _triton().pair_distances(query, gallery, query_indices, gallery_indices, metric)
+    if chosen in _GPU:
+        found = _launches(chosen).pair_distances(query, gallery, query_indices, gallery_indices, metric)
         return found  # type: ignore[no-any-return]
     assert _native.module is not None
     query_indices, gallery_indices = query_indices.contiguous(), gallery_indices.contiguous()
@@ -190,12 +194,13 @@ def _count_nonmatches(
     if chosen == "torch":
         return reference.count_nonmatches(query, gallery, *labels, *matches, first, metric, limits)
     scale = (3 - exponent - (metric == "cosine")) // 2  # 2^scale times a feature less the centre is at most 1 long
-    if chosen == "triton":
+    if chosen in _GPU:
+        launches = _launches(chosen)
         if query is None:
-            found = _triton().count_nonmatches_in_rows(gallery, labels, matches, first, limits)
+            found = launches.count_nonmatches_in_rows(gallery, labels, matches, first, limits)
         else:
             center = _center(query, metric)
-            found = _triton().count_nonmatches(query, gallery, labels, matches, first, metric, limits, center, scale)
+            found = launches.count_nonmatches(query, gallery, labels, matches, first, metric, limits, center, scale)
         return found  # type: ignore[no-any-return]
     assert _native.module is not None
     offsets, distances, indices = (tensor.contiguous() for tensor in matches)

@@ -1,12 +1,14 @@
 """Launches of the Triton kernels of the ranking: tiles of the gallery are filtered, and what is not certain refined."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
 from torch import Tensor
 
-from sabmn_ext.ops import reference
+from sabmn_ext.ops import gpu_ranking, reference
+from sabmn_ext.ops.gpu_ranking import Labels, Matches, Norms
 from sabmn_ext.ops.triton import retrieval_kernels as kernels
 
 _BLOCK_QUERIES, _BLOCK_ITEMS, _BLOCK_PAIRS, _CHUNK, _OPEN_RANK, _OPEN_BIN = (
@@ -17,8 +19,6 @@ _BLOCK_QUERIES, _BLOCK_ITEMS, _BLOCK_PAIRS, _CHUNK, _OPEN_RANK, _OPEN_BIN = (
     )
 )  # fmt: skip
 _COUNT_BLOCK = 256
-_TILE_PAIRS = 1 << 24  # flags of a tile, a byte each
-_TILE_ROWS = 4096
 _REFINED_PAIRS = 1 << 20  # at a time
 _PACKED_ROWS = 256  # in float64 at a time
 
@@ -48,13 +48,9 @@ def _pair_sums(query: Tensor, gallery: Tensor, query_indices: Tensor, gallery_in
     return sums
 
 
-Norms = tuple[Tensor, Tensor] | None  # of the queries [Q] and the gallery items [G], for the cosine
-
-
 def _norms(query: Tensor, gallery: Tensor, metric: str) -> Norms:
-    if metric != "cosine":
-        return None
-    return reference._sqrt(squared_norms(query)), reference._sqrt(squared_norms(gallery))
+    squares = gpu_ranking.norms_of(query, gallery, metric, squared_norms)
+    return None if squares is None else (reference._sqrt(squares[0]), reference._sqrt(squares[1]))
 
 
 def _distances(query: Tensor, gallery: Tensor, of_query: Tensor, of_item: Tensor, norms: Norms) -> Tensor:
@@ -64,28 +60,15 @@ def _distances(query: Tensor, gallery: Tensor, of_query: Tensor, of_item: Tensor
 
 # ---- counting ----
 
-Labels = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # pids of both sides, camids of both sides
-Matches = tuple[Tensor, Tensor, Tensor]  # offsets, distances, indices
-
 
 @dataclass(frozen=True)
-class _Counters:
-    """The queries' true matches, and what is counted: retrieval_kernels.py says what the tensors are."""
+class _Counters(gpu_ranking.Counters):
+    """retrieval_kernels.py says what the tensors are."""
 
-    offsets: Tensor
-    distances: Tensor
-    indices: Tensor
-    between: Tensor
-    histogram: Tensor
-    bins: tuple[int, int, int]
-    steps: int
-
-    @staticmethod
-    def of(matches: Matches, bins: tuple[int, int, int]) -> "_Counters":
-        offsets, distances, indices = (tensor.contiguous() for tensor in matches)
-        histogram = torch.zeros(bins[2], dtype=torch.int64, device=offsets.device)
-        most = int(offsets.diff().max()) if len(offsets) > 1 else 0
-        return _Counters(offsets, distances, indices, torch.zeros_like(indices), histogram, bins, most.bit_length())
+    @cached_property
+    def steps(self) -> int:
+        """Of a search among the true matches of a query."""
+        return int(self.offsets.diff().max()).bit_length() if len(self.offsets) > 1 else 0
 
     def add(self, flags: Tensor, of_query: Tensor, items: Tensor, distances: Tensor) -> None:
         """Count pairs by their float64 distances."""
@@ -97,17 +80,12 @@ class _Counters:
                 **kernels.EXACT_OPTIONS,
             )  # fmt: skip
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """The items before each true match, and the histogram."""
-        total = torch.cat((self.between.new_zeros(1), self.between.cumsum(0)))
-        return total[1:] - total[self.offsets[:-1]].repeat_interleave(self.offsets.diff()), self.histogram
-
 
 def count_nonmatches_in_rows(
     rows: Tensor, labels: Labels, matches: Matches, first: int, bins: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
     """``reference.count_nonmatches`` of given distances [Q, G]."""
-    query_pids, gallery_pids, query_camids, gallery_camids = _labels(labels)
+    query_pids, gallery_pids, query_camids, gallery_camids = gpu_ranking.contiguous(labels)
     counters = _Counters.of(matches, bins)
     step = max(1, _REFINED_PAIRS // max(1, rows.shape[1]))
     for some in (slice(start, start + step) for start in range(0, len(rows), step)):
@@ -133,22 +111,16 @@ def count_nonmatches(
     scale: int,
 ) -> tuple[Tensor, Tensor]:
     """``reference.count_nonmatches`` of features; 2^scale (x − center) should be at most 1 long."""
-    query_pids, gallery_pids, query_camids, gallery_camids = _labels(labels)
+    query_pids, gallery_pids, query_camids, gallery_camids = gpu_ranking.contiguous(labels)
     counters = _Counters.of(matches, bins)
-    kept = (gallery_pids != -1).nonzero()[:, 0]
-    if len(query) == 0 or len(kept) == 0:
-        return counters.result()
     norms = _norms(query, gallery, metric)
-    exponent = 2 * scale + (metric == "cosine")  # x = 2^exponent · distance
+    exponent = gpu_ranking.scaled_exponent(metric, scale)
     bound = _Bound.of(query.shape[1], metric, scale)
     a, query_values = bound.pack(query, None if norms is None else norms[0], center)
     query_values[1] = _round_up(bound.dot * query_values[1].double())
-    thresholds = counters.distances * 2.0**exponent
-    margin = thresholds.abs() * 2.0**-22 + 2.0**-126
-    below, above = (thresholds - margin).float(), (thresholds + margin).float()
-    lowest = min(max(bins[0] - ((1023 - 127 - exponent) << reference.BIN_BITS), 0), 256 << reference.BIN_BITS)
-    tile = min(_TILE_ROWS, max(_BLOCK_ITEMS, _TILE_PAIRS // len(query)))
-    for items in kept.split(tile):
+    below, above = counters.enclosed(exponent)
+    lowest = gpu_ranking.lowest_float_bin(bins, exponent)
+    for items in gpu_ranking.tiles(gallery_pids, len(query), _BLOCK_ITEMS):
         b, gallery_values = bound.pack(gallery[items], None if norms is None else norms[1][items], center)
         flags = torch.empty(len(query), len(items), dtype=torch.uint8, device=query.device)
         grid = triton.cdiv(len(items), _BLOCK_ITEMS), triton.cdiv(len(query), _BLOCK_QUERIES)
@@ -165,14 +137,6 @@ def count_nonmatches(
                 distances = _distances(query, gallery, of_query, of_item, norms)
                 counters.add(flat[pairs], of_query, of_item + first, distances)
     return counters.result()
-
-
-def _labels(labels: Labels) -> list[Tensor]:
-    """Contiguous; without cameras no two are the same."""
-    query_pids, gallery_pids, query_camids, gallery_camids = labels
-    if query_camids is None or gallery_camids is None:
-        query_camids, gallery_camids = torch.zeros_like(query_pids), torch.ones_like(gallery_pids)
-    return [label.contiguous() for label in (query_pids, gallery_pids, query_camids, gallery_camids)]
 
 
 def _round_up(values: Tensor) -> Tensor:
@@ -194,7 +158,7 @@ class _Bound:
         u, spare, roundings = 2.0**-24, 1 + 2.0**-10, (dim + 64) * 2.0**-52
         depth = _CHUNK + -(-dim // _CHUNK) + 1  # roundings of a term of the product
         gamma = depth * u / (1 - depth * u)
-        absolute = 16 * dim * 2.0**-126 + dim * 2.0**-1074 * 4.0**scale
+        absolute = 64 * dim * 2.0**-126 + dim * 2.0**-1074 * 4.0**scale
         if metric == "cosine":
             absolute += 32 * roundings * 4.0**scale
         dot = 2 * (gamma * (1 + u) ** 2 + 2 * u + u * u)
