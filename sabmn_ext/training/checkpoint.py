@@ -80,6 +80,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SABMN, dict[str, Any]]:
     """The network of a checkpoint in eval mode, and its run's configuration as a nested dict.
 
+    Its weights have the memory format of the run, so that its features are those of the run to the last bit.
+
     Example::
 
         model, config = load_model("runs/demo/last.pt")
@@ -89,4 +91,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SA
     state = load_checkpoint(path, device)
     model = SABMN(**state["model_config"], weights="none")
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), state["config"]
+    model.to(device).eval()
+    if state["config"]["run"]["channels_last"]:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, state["config"]
