@@ -35,11 +35,10 @@ from sabmn_ext.training.config import Config, config_from_dict, differences, loa
 from sabmn_ext.training.figures import features_of, final_figures, retrieval, score
 from sabmn_ext.training.folder import only_run_in, repair
 from sabmn_ext.training.interrupt import StopRequest, TrainingInterrupted
+from sabmn_ext.training.precision import DTYPES, slow_precision
 from sabmn_ext.training.processes import ALONE, Job, is_lost
 from sabmn_ext.training.run_report import write_run_report
 from sabmn_ext.training.schedule import rate_factor
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_step(
@@ -81,7 +80,7 @@ def train_step(
                 held.enter_context(without_updates(model))
             if number < accumulate and hasattr(model, "no_sync"):  # DDP averages gradients once, at the end
                 held.enter_context(model.no_sync())  # type: ignore[operator]
-            with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
+            with torch.autocast(images.device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
                 logits = [each.float() for each in model(part)]
             losses = [F.cross_entropy(each, names, label_smoothing=label_smoothing) for each in logits]
             loss = torch.stack(losses).sum() * (loss_factor / accumulate)
@@ -565,8 +564,9 @@ def _train(config: Config, out: Path, resume: bool, job: Job, stop: StopRequest)
             trainer.dataset, keys.cache, workers=keys.workers, sharers=job.local_size, progress=progress
         )
     )
-    if too_large:
-        say(f"note: {too_large}")
+    for remark in (too_large, slow_precision(config.run.precision, trainer.device)):
+        if remark:
+            say(f"note: {remark}")
     if resume:
         say(f"going on after step {trainer.step} of {trainer.total_steps}")
     if job.rank == 0:
