@@ -3,8 +3,9 @@
     python benchmarks/train_bench.py [--data PATH] [--size 256x128] [--batch 8] [--threads N] [--rounds 3] [--compile]
 
 Candidates take turns: ours as the trainer runs it by default (float32, channels_last, fused optimiser), the same in
-NCHW, with bfloat16 autocast and, with --compile, through torch.compile, which takes minutes to start; and the plain one,
-NCHW in float32 with the eager attention that is usually copied, torch's own spectral_norm and default SGD. Each round is one step of each, from the images in memory to the new weights. Then one step of each of ours, by the profiler:
+NCHW, with bfloat16 autocast and, with --compile, through torch.compile, which takes minutes to start; and plain, NCHW
+in float32 with the eager attention that is usually copied, torch's own spectral_norm and default SGD. Each round is one
+step of each, from the images in memory to the new weights. Then one step of each of ours, by the profiler:
 milliseconds of the operations of each part, forward and backward; "the rest" is what no operation accounts for, Python
 mostly. About two minutes on two cores.
 """
