@@ -1,10 +1,11 @@
 """A training step of the network: images a second against the same network written plainly, and where time goes.
 
-    python benchmarks/train_bench.py [--data PATH] [--size 256x128] [--batch 8] [--threads N] [--rounds 3]
+    python benchmarks/train_bench.py [--data PATH] [--size 256x128] [--batch 8] [--threads N] [--rounds 3] [--compile]
 
-Candidates take turns: ours in float32 as it is (NCHW), in channels_last, and in channels_last with bfloat16 autocast;
-and the plain one, NCHW in float32 with the eager attention that is usually copied and torch's own spectral_norm. Each
-round is one step of each, from the images in memory to the new weights. Then one step of each of ours, by the profiler:
+Candidates take turns: ours as the trainer runs it by default (float32, channels_last, fused optimiser), the same in
+NCHW, with bfloat16 autocast and, with --compile, through torch.compile, which takes minutes to start; and plain, NCHW
+in float32 with the eager attention that is usually copied, torch's own spectral_norm and default SGD. Each round is one
+step of each, from the images in memory to the new weights. Then one step of each of ours, by the profiler:
 milliseconds of the operations of each part, forward and backward; "the rest" is what no operation accounts for, Python
 mostly. About two minutes on two cores.
 """
@@ -46,21 +47,23 @@ def networks(backbone: str, classes: int) -> dict[str, nn.Module]:
             parametrizations.spectral_norm(module)
     sabmn_ext.spectral_norm_model(ours, preserve_eval=False)
     last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
-    return {"ours": ours, "ours, channels_last": last, "ours, channels_last, bf16": copy.deepcopy(last), "plain": plain}
+    others = {name: copy.deepcopy(last) for name in ("ours, bf16", "ours, compiled")}
+    return {"ours": last, "ours, NCHW": ours, **others, "plain": plain}
 
 
 def stepper(name: str, network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     network.train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-3, 0.9, weight_decay=1e-5, fused=name != "plain" or None)
+    model = torch.compile(network) if "compiled" in name else network
     precision = "bf16" if "bf16" in name else "fp32"
 
     def step() -> None:
         with torch.profiler.record_function("data/"):
             images, labels = next(batches)
-        if "channels_last" in name:
+        if name not in ("ours, NCHW", "plain"):
             images = images.contiguous(memory_format=torch.channels_last)
         with parametrize.cached():  # torch's version would run one power iteration for each reading of a weight
-            train_step(network, images, labels, optimizer, precision=precision)
+            train_step(model, images, labels, optimizer, precision=precision)
 
     return step
 
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too")
     options = parser.parse_args()
     size = re.fullmatch(r"(\d+)x(\d+)", options.size)
     if not size:
@@ -108,6 +112,8 @@ def main() -> None:
             yield from train_batches(dataset, batch_size=options.batch, seed=0, epoch=epoch, transform=transform)
 
     made = networks(options.backbone, data.num_train_identities)
+    if not options.compile:
+        del made["ours, compiled"]
     steps = {name: stepper(name, network, batches()) for name, network in made.items()}
     times = interleaved(steps, options.rounds)
     print(f"{options.backbone}, batch {options.batch} of {height}×{width}, {options.threads} threads,", end=" ")

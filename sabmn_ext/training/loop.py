@@ -35,12 +35,11 @@ from sabmn_ext.training.config import Config, config_from_dict, differences, loa
 from sabmn_ext.training.figures import features_of, final_figures, retrieval, score
 from sabmn_ext.training.folder import only_run_in, repair
 from sabmn_ext.training.interrupt import StopRequest, TrainingInterrupted
+from sabmn_ext.training.precision import DTYPES, slow_precision
 from sabmn_ext.training.processes import ALONE, Job, is_lost
 from sabmn_ext.training.run_report import write_run_report
 from sabmn_ext.training.schedule import rate_factor
 from sabmn_ext.training.triplet import batch_hard_triplet_loss
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_step(
@@ -87,7 +86,7 @@ def train_step(
                 held.enter_context(without_updates(model))
             if number < accumulate and hasattr(model, "no_sync"):  # DDP averages gradients once, at the end
                 held.enter_context(model.no_sync())  # type: ignore[operator]
-            with torch.autocast(images.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
+            with torch.autocast(images.device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
                 outputs = model(part)
             heads, feature = outputs if triplet else (outputs, None)
             logits = [each.float() for each in heads]
@@ -594,8 +593,9 @@ def _train(config: Config, out: Path, resume: bool, job: Job, stop: StopRequest)
             trainer.dataset, keys.cache, workers=keys.workers, sharers=job.local_size, progress=progress
         )
     )
-    if too_large:
-        say(f"note: {too_large}")
+    for remark in (too_large, slow_precision(config.run.precision, trainer.device)):
+        if remark:
+            say(f"note: {remark}")
     if resume:
         say(f"going on after step {trainer.step} of {trainer.total_steps}")
     if job.rank == 0:
