@@ -387,6 +387,7 @@ void define_retrieval_cuda(py::module_& m) {
     using released = py::call_guard<py::gil_scoped_release>;
     m.attr("PACKED_ROWS") = packed_rows;
     m.attr("PACKED_DEPTH") = packed_depth;
+    m.def("tensor_product_error", tensor_product_error);
     m.def("squared_norms_cuda", squared_norms_launch, released());
     m.def("pair_distances_cuda", pair_distances_launch, released());
     m.def("count_nonmatches_in_rows_cuda", count_nonmatches_in_rows_launch, released());
