@@ -50,7 +50,7 @@ def topk(query: Array, gallery: Array, k: int, *, metric: str = "euclidean") -> 
         distances [Q, k] float64 and indices [Q, k] int64, on the features' device. Both are exact: those of a stable
         sort of the float64 distances, whatever the tiles, the threads or the processor.
 
-    Memory: a float32 copy of the queries, some 30 bytes for each of their k nearest items, and 100 MB.
+    Memory: a float32 copy of the queries, some 40 bytes for each of their k nearest items, and 100 MB.
 
     Raises:
         TypeError, ValueError: dtypes, devices or dimensions that do not fit; k out of range; NaN or infinite features
