@@ -55,7 +55,7 @@ __device__ inline void copy_chunk(T* to, const T* from, int size, std::int64_t s
         if constexpr (sizeof(T) == 2) words[i] = element(2 * i) | element(2 * i + 1) << 16;
         else words[i] = element(i);
     }
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    store_shared_16(to, make_uint4(words[0], words[1], words[2], words[3]));
 }
 
 // Part of a matrix for a tile of `rows` rows and 8, 16 or 32 chunks: `filled` rows are there, `stride` apart, with

@@ -61,6 +61,15 @@ __device__ T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
 
+// 16 bytes to shared memory, at a multiple of 16. In C++ the compiler may split the store where some of the words are
+// zero on one path, and the parts have bank conflicts.
+__device__ inline void store_shared_16(void* shared, uint4 words) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
+}
+
 // 16 bytes from global to shared memory, in flight until a cp_async_wait; both addresses are multiples of 16. Of
 // `bytes` (0 to 16) only so many are read, the rest of the 16 becomes zero.
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes = 16) {

@@ -54,6 +54,8 @@ T shuffle(T value, int lane, simt::Site site = simt::Site::here()) {
     return __shfl_sync(0xffffffffu, value, lane, site);
 }
 
+inline void store_shared_16(void* shared, uint4 words) { *static_cast<uint4*>(shared) = words; }
+
 // The source is read now; until the wait the destination holds NaN, whatever stood there before.
 inline void cp_async_16(void* shared, const void* global, int bytes = 16, simt::Site site = simt::Site::here()) {
     simt::check_copy(shared, global, bytes, site);
