@@ -136,19 +136,22 @@ using WarpSums = float[8][4];  // 2 × 2 times 16 × 16 pairs
 __device__ inline void sum_product(WarpSums& total, const float* a, const float* b, int steps, float* shared,
                                    int panel_row, int panel_column, bool busy) {
     const int lane = threadIdx.x % warp_size, slices = steps / filter_steps;
+    // A thread's share of a slice: 16 bytes of a panel, and the same of the panel four further on, of both sides.
+    constexpr int chunks = filter_steps * panel_floats / 4, panels_apart = filter_threads / chunks, share = 2;
+    static_assert(share * filter_threads * 4 == slice_floats, "the threads share a slice");
+    const int64_t panel_stride = static_cast<int64_t>(steps) * panel_floats;
+    const int64_t own = threadIdx.x / chunks * panel_stride + threadIdx.x % chunks * 4;
+    a += own, b += own;
     int fetched = 0;
     const auto fetch = [&] {
         if (fetched < slices) {
-            float* const tile = shared + fetched % filter_stages * 2 * slice_floats;
+            float* const tile = shared + fetched % filter_stages * 2 * slice_floats + threadIdx.x * 4;
 #pragma unroll
-            for (int chunk = threadIdx.x; chunk < slice_floats / 4; chunk += filter_threads) {
-                constexpr int chunks = filter_steps * panel_floats / 4;  // of a panel's part of the slice
-                const int64_t from =
-                    (static_cast<int64_t>(chunk / chunks) * steps + fetched * filter_steps) * panel_floats +
-                    chunk % chunks * 4;
-                cp_async_16(tile + chunk * 4, a + from);
-                cp_async_16(tile + slice_floats + chunk * 4, b + from);
+            for (int i = 0; i < share; ++i) {
+                cp_async_16(tile + i * filter_threads * 4, a + i * panels_apart * panel_stride);
+                cp_async_16(tile + slice_floats + i * filter_threads * 4, b + i * panels_apart * panel_stride);
             }
+            a += filter_steps * panel_floats, b += filter_steps * panel_floats;
             ++fetched;
         }
         cp_async_commit();
