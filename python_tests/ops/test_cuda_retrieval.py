@@ -73,7 +73,8 @@ class StandIn:
     ) -> Tensor:  # fmt: skip
         """Adds what the reference finds in these items; returns the matches' distances."""
         codes = [at(a, (size,), torch.int32) for a, size in zip(labels[:4], sizes * 2, strict=True)]
-        codes[1], codes[3] = codes[1][items], codes[3][items]
+        pids = torch.full_like(codes[1], -1)  # all else is as junk
+        pids[items] = codes[1][items]
         offsets = at(matches[0], (sizes[0] + 1,), torch.int64)
         (count,) = offsets[-1:].tolist()
         distances, indices, between = (
@@ -81,19 +82,15 @@ class StandIn:
             for address, dtype in zip(matches[1:], (torch.float64, torch.int64, torch.int64), strict=True)
         )
         histogram = at(bins[3], (bins[2],), torch.int64)
-        for item in range(len(items)):  # one by one: their indices need not follow one another
-            part = slice(item, item + 1)
-            found = reference.count_nonmatches(
-                query, gallery[items[part]] if query is not None else gallery[:, items[part]], codes[0], codes[1][part],
-                codes[2], codes[3][part], offsets, distances, indices, labels[4] + int(items[item]), metric,
-                tuple(bins[:3]),
-            )  # fmt: skip
-            before = found[0].clone()
-            starts = offsets[:-1][offsets.diff() > 0]
-            before[1:] -= found[0][:-1]
-            before[starts] = found[0][starts]
-            between += before
-            histogram += found[1]
+        found = reference.count_nonmatches(
+            query, gallery, codes[0], pids, *codes[2:], offsets, distances, indices, labels[4], metric, tuple(bins[:3])
+        )
+        before = found[0].clone()
+        starts = offsets[:-1][offsets.diff() > 0]
+        before[1:] -= found[0][:-1]
+        before[starts] = found[0][starts]
+        between += before
+        histogram += found[1]
         return distances
 
     def count_nonmatches_in_rows_cuda(
