@@ -26,7 +26,7 @@ def test_commands_have_their_options() -> None:
 
 
 def test_the_page_of_the_ablation() -> None:
-    page = (Path(__file__).resolve().parent.parent / "docs" / "ablation.md").read_text()
+    page = (Path(__file__).resolve().parent.parent / "docs" / "ablation.md").read_text().replace("\\\n", "")
     for options in re.findall(r"python -m sabmn_ext\.ablate ([^\n`]*)", page):
         ablate.build_parser().parse_args(options.split())
     for group in ("paper", "gradient"):
