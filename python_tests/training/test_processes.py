@@ -92,7 +92,6 @@ def test_samples_gradients_and_figures_are_those_of_one_process(few, tmp_path, s
     # What all of them found together is, exactly, what one process finds with the same weights.
     result = json.loads((out / "result.json").read_text())
     model, config = load_model(out / "last.pt")
-    model.to(memory_format=torch.channels_last)  # as the run had it: else other sums, which round otherwise
     data = load_data(config["data"]["path"])
     figures, _ = final_figures(model, data, config_from_dict(config), torch.device("cpu"))
     assert {name: result[name] for name in figures} == figures
