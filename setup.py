@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Command, Extension, setup
@@ -129,9 +130,11 @@ class Ninja:
 
     def run(self, *targets: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = [sys.executable, "-m", "ninja", "-C", str(self.folder), *jobs, *targets]
+        # Ninja begins with what stands first: the CUDA sources, which take longest.
+        lines = sorted(self.lines, key=lambda line: (not line.startswith("rule"), ": compile_cuda " not in line))
+        (self.folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        command = [sys.executable, "-m", "ninja", "-C", str(self.folder), "-j", jobs, *targets]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         print(result.stdout, end="", flush=True)
         if result.returncode:
@@ -171,15 +174,20 @@ class NinjaBuild(build_ext):
                 flags = [*ISA_FLAGS[isa], *EXTRA_FLAGS.get(source.parent.name, []), f"-DSABMN_ISA={isa}"]
                 objects.append(ninja.compile(source, compiler + flags, isa))
 
-        cuda_objects, cuda_libraries, defines = self.compile_cuda(ninja, cxx)
+        cuda_objects, cuda_libraries, defines = self.compile_cuda(ninja, cxx, objects)
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11_include}"]
         defines += [f"-DSABMN_{isa.upper()}" for isa in ISAS] + [f'-DSABMN_FINGERPRINT=\'"{FINGERPRINT}"\'']
         objects.append(ninja.compile(CSRC / "bindings.cpp", compiler + python + defines, "module"))
         ninja.link(output, objects + cuda_objects, [cxx, "-shared", "-s", "-fopenmp"], cuda_libraries)
         ninja.run(str(output))
 
-    def compile_cuda(self, ninja: Ninja, cxx: str) -> "tuple[list[str], list[str], list[str]]":
-        """Objects, link flags and defines of the CUDA part; all empty but for the reason where there is none."""
+    def compile_cuda(
+        self, ninja: Ninja, cxx: str, beside: Sequence[str] = ()
+    ) -> "tuple[list[str], list[str], list[str]]":
+        """Objects, link flags and defines of the CUDA part; all empty but for the reason where there is none.
+
+        The objects ``beside`` are compiled on the processors that the longest CUDA source leaves free.
+        """
         try:
             if CUDA_MODE not in ("auto", "0", "1", "wheels"):
                 raise SystemExit(f"sabmn_ext: SABMN_CUDA={CUDA_MODE!r} is not one of auto, 0, 1, wheels")
@@ -193,7 +201,7 @@ class NinjaBuild(build_ext):
             command = [str(nvcc), "-std=c++17", "-O3", "-ccbin", cxx.split()[0], "-cudart", "static", f"-I{CSRC}"]
             command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", *cuda_codes(targets)]
             objects = [ninja.compile(source, command, "cuda", "compile_cuda") for source in CUDA_SOURCES]
-            ninja.run(*objects)
+            ninja.run(*objects, *beside)
         except BuildError as error:
             if CUDA_MODE in ("1", "wheels"):
                 raise
