@@ -1,7 +1,9 @@
 """The seed of the randomised tests, and on the path what tests import: python_tests/*.py and benchmarks/*.py."""
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 # Before torch is imported. Threads that spin while they wait make the tests many times slower where the processor is
@@ -13,6 +15,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What torch.compile keeps on disk goes by an operation's name, not by what the operation is today."""
+    if not hasattr(config, "workerinput"):  # worker processes have it from the first one
+        folder = tempfile.mkdtemp()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
