@@ -4,33 +4,23 @@ The kernels themselves are tested in the harness (python_tests/simt). The stand-
 and strides, and computes by the reference what they would, so that a wrong address or stride is a wrong result.
 """
 
-import contextlib
-import ctypes
 from typing import Any
 
+import native_stand_in
 import pytest
 import torch
 from float64_rule import assert_close_to_float64
+from native_stand_in import DTYPES, at
 from torch import Tensor
 
-from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
 from sabmn_ext.ops.cuda import attention as cuda_attention
 
 NAMES = ("w_query", "w_key", "w_value", "w_out", "gamma", "b_query", "b_key", "b_value", "b_out")
-DTYPES = {code: dtype for dtype, code in dispatch.DTYPE_CODES.items()}
-
-
-def at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The memory at an address as a tensor that shares it."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    size = extent * torch.empty(0, dtype=dtype).element_size()
-    memory = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)
-    return memory.as_strided(shape, strides)
 
 
 def dense(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    return at(address, shape, torch.empty(shape, device="meta").stride(), dtype) if address else None
+    return at(address, shape, dtype) if address else None
 
 
 class StandIn:
@@ -47,7 +37,7 @@ class StandIn:
     def arguments(dtype: int, sizes: Any, x: Any, parameters: Any, saved: Any) -> tuple[list[Any], list[Any], Any]:
         batch, channels, positions, width, value_width = sizes
         t, wide = DTYPES[dtype], reference.wide(DTYPES[dtype])
-        image = at(x[0], (batch, channels, positions, 1), (*x[1:], 1), t)
+        image = at(x[0], (batch, channels, positions, 1), t, (*x[1:], 1))
         shapes: list[tuple[int, ...]] = [(width, channels)] * 2 + [(value_width, channels), (channels, value_width), ()]
         shapes += [(width,), (width,), (value_width,), (channels,)]
         tensors = [dense(a, s, wide if n == "gamma" else t) for a, s, n in zip(parameters, shapes, NAMES, strict=True)]
@@ -60,7 +50,7 @@ class StandIn:
     ) -> int:
         inputs, kept, t = self.arguments(dtype, sizes, x, parameters, saved)
         results = reference.self_attention2d_forward(*inputs[:6], **dict(zip(NAMES[5:], inputs[6:], strict=True)))
-        outputs = [at(y[0], inputs[0].shape, (*y[1:], 1), t), *kept]
+        outputs = [at(y[0], inputs[0].shape, t, (*y[1:], 1)), *kept]
         for output, result in zip(outputs, results, strict=True):
             output.copy_(result)
         self.calls += 1
@@ -72,7 +62,7 @@ class StandIn:
     ) -> int:  # fmt: skip
         inputs, kept, t = self.arguments(dtype, sizes, x, parameters, saved)
         _, channels, _, width, value_width = sizes
-        dy = at(grad_y[0], inputs[0].shape, (*grad_y[1:], 1), t)
+        dy = at(grad_y[0], inputs[0].shape, t, (*grad_y[1:], 1))
         # The sums over images and positions are the caller's: the stand-in leaves grad_query and grad_value.
         wanted = reference.self_attention2d_backward(dy, *inputs[:6], *kept, b_out=inputs[9])
         shapes: list[tuple[int, ...]] = [(width, channels)] * 2 + [(value_width, channels), (channels, value_width), ()]
@@ -81,7 +71,7 @@ class StandIn:
             if output is not None:
                 output.copy_(wanted[i + 1])
         if grad_x[0]:
-            at(grad_x[0], inputs[0].shape, (*grad_x[1:], 1), t).copy_(wanted[0])
+            at(grad_x[0], inputs[0].shape, t, (*grad_x[1:], 1)).copy_(wanted[0])
         for address, saved_as, bias in ((inner[1], kept[0], wanted[6]), (inner[3], kept[2], wanted[8])):
             grad = dense(address, tuple(saved_as.shape), t)
             if grad is not None:
@@ -98,11 +88,7 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     native = StandIn()
-    monkeypatch.setattr(_native, "module", native)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
-    for operation in ("attention_forward", "attention_backward"):
-        monkeypatch.setitem(dispatch._operations[operation], "cuda", lambda device, dtype: None)
+    native_stand_in.install(monkeypatch, native, ("attention_forward", "attention_backward"))
     return native
 
 

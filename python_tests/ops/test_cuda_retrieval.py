@@ -4,35 +4,22 @@ The kernels themselves are tested in the harness (python_tests/simt). The stand-
 and strides, and computes by the reference what they would, so that a wrong address or stride is a wrong result.
 """
 
-import contextlib
-import ctypes
-import math
 from typing import Any
 
+import native_stand_in
 import pytest
 import torch
+from native_stand_in import at
 from retrieval_cases import DRAWS, DTYPES, Case, assert_same, draw_case, draw_features, rank, small_integers
 from torch import Tensor
 
-from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, gpu_ranking, reference, retrieval
 
-CODES = {code: dtype for dtype, code in dispatch.DTYPE_CODES.items()}
 OPERATIONS = ("squared_norms", "pair_distances", "count_nonmatches")
 
 
-def at(address: int, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Tensor:
-    """The memory at an address as a tensor that shares it."""
-    if math.prod(shape) == 0:
-        return torch.empty(shape, dtype=dtype)
-    strides = torch.empty(shape, device="meta").stride() if strides is None else strides
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    memory = (ctypes.c_char * (extent * torch.empty(0, dtype=dtype).element_size())).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
-
-
 def matrix(fields: tuple[int, ...], dtype: int) -> Tensor:
-    return at(fields[0], fields[1:3], CODES[dtype], fields[3:])
+    return at(fields[0], fields[1:3], native_stand_in.DTYPES[dtype], fields[3:])
 
 
 class StandIn:
@@ -138,11 +125,7 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     native = StandIn()
-    monkeypatch.setattr(_native, "module", native)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
-    for operation in OPERATIONS:
-        monkeypatch.setitem(dispatch._operations[operation], "cuda", lambda device, dtype: None)
+    native_stand_in.install(monkeypatch, native, OPERATIONS)
     return native
 
 
