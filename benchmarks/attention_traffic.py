@@ -19,6 +19,8 @@ gradient, in float32, to be written and added up by another launch.
 import argparse
 from dataclasses import dataclass
 
+from traffic_table import print_launches
+
 ELEMENT = 2  # bytes of bfloat16 and float16
 FLOAT = 4
 MMA = 16 * 8 * 16  # multiplications of one instruction
@@ -178,15 +180,7 @@ def main() -> None:
         channels, positions, width = STAGES[stage]
         launches = traffic(options.batch, channels, positions, width, width)
         print(f"stage {stage}: B {options.batch}, C {channels}, N {positions}, d {width}; MB, millions of mma")
-        heads = f"{'distinct':>9} {'floor':>8} {'ratio':>6} {'read again':>11} {'mma':>8} {'least':>8} ratio     µs"
-        print(f"{'launch':<20} {heads}")
-        for name, one in launches.items():
-            ratio = f"{one.mma / one.least:5.2f}" if one.least else " " * 5
-            print(
-                f"{name:<20} {one.distinct / 1e6:9.1f} {one.floor / 1e6:8.1f} {one.distinct / one.floor:6.2f} "
-                f"{one.read_again / 1e6:11.1f} {one.mma / 1e6:8.2f} {one.least / 1e6:8.2f} {ratio} "
-                f"{one.microseconds:6.1f}"
-            )
+        print_launches(launches)
         if positions > BLOCK_POSITIONS:
             parts, added, time = five_products(options.batch, positions, width, width)
             now = launches["backward attention"].microseconds

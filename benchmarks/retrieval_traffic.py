@@ -20,6 +20,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
+from traffic_table import print_launches
+
 from sabmn_ext.ops import gpu_ranking, reference
 
 FLOAT, DOUBLE, INDEX, LABEL = 4, 8, 8, 4  # bytes
@@ -136,14 +138,7 @@ def main() -> None:
     launches = traffic(*sizes)
     print(f"{sizes[0]} × {sizes[1]} × {sizes[2]}, {sizes[3]} true matches; MB, millions of mma")
     print(f"open pairs: {open_share(options.dim):.2%}, {open_share(options.dim) * options.gallery:.0f} a query")
-    heads = f"{'distinct':>9} {'floor':>8} {'ratio':>6} {'read again':>11} {'mma':>8} {'least':>8} ratio      µs"
-    print(f"{'launch':<14} {heads}")
-    for name, one in launches.items():
-        ratio = f"{one.mma / one.least:5.2f}" if one.least else " " * 5
-        print(
-            f"{name:<14} {one.distinct / 1e6:9.1f} {one.floor / 1e6:8.1f} {one.distinct / one.floor:6.2f} "
-            f"{one.read_again / 1e6:11.1f} {one.mma / 1e6:8.2f} {one.least / 1e6:8.2f} {ratio} {one.microseconds:7.1f}"
-        )
+    print_launches(launches)
     pairs = options.queries * options.gallery
     one_pass = FLOAT * options.dim * (options.queries + options.gallery)
     total = sum(one.distinct for one in launches.values())
