@@ -106,6 +106,7 @@ def draw_counterfactuals(file: Path, report: dict[str, Any]) -> None:
         axes.plot(drop, y, "o", color=color, markersize=5, label=TITLES[figure_name])
     axes.set_yticks(range(len(names)), [COUNTERFACTUAL_TITLES[name] for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=5)  # numbers as long as -0.075 would run into one another
     axes.set_title(f"drop in points, {100 * report['confidence']:g} % intervals", fontsize=10)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file)
