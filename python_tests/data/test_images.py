@@ -102,6 +102,7 @@ def test_dataset_stops_or_takes_the_next_readable_image(tmp_path: Path) -> None:
     ]  # the last wraps around
     assert torch.equal(dataset[1][0], load_image(str(good[1]), 8, 4))
     assert ImageDataset(records, None, 8, 4)[3][1] == 13
+    assert [index for _, _, index in dataset] == [0, 3, 3, 3, 0], "iteration ends after the last image"
     with pytest.raises(UnreadableImageError, match="none of 2 images"):
         ImageDataset(records[1:3], None, 8, 4, on_error="skip")[0]
 

@@ -90,6 +90,8 @@ class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int, int]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        if not -len(self) <= index < len(self):  # an IndexError ends `for item in dataset`
+            raise IndexError(f"index {index} of {len(self)} images")
         for step in range(len(self)):
             i = (index + step) % len(self)
             try:

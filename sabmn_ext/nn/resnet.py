@@ -228,10 +228,11 @@ def _read_state_dict(path: str) -> dict[str, Tensor]:
         raise RuntimeError(
             f"weights '{path}' cannot be read as a torch checkpoint without running code from it. Where it holds a "
             f"whole network, write the weights alone with the program it comes from: torch.save(model.state_dict(), "
-            f"FILE). {error}"
+            f"FILE)"
         ) from error
     except Exception as error:  # torch.load raises many kinds for files that are not checkpoints
-        raise RuntimeError(f"weights '{path}' cannot be read as a torch checkpoint: {error}") from error
+        reason = str(error).strip().split("\n")[0][:120]
+        raise RuntimeError(f"weights '{path}' cannot be read as a torch checkpoint: {reason}") from error
     for key in ("state_dict", "model"):  # torchreid's checkpoints; fast-reid's
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
