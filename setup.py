@@ -24,7 +24,15 @@ CSRC = ROOT / "csrc"
 FINGERPRINT = runpy.run_path(str(ROOT / "sabmn_ext" / "_fingerprint.py"))["source_fingerprint"](ROOT)
 
 # Every *_cpu.cpp is compiled once for each of these; the widest that the processor has is taken at run time.
-ISA_FLAGS = {"baseline": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+AVX512_FLAGS = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+}
+# What has products of its own for bfloat16; all else runs as for AVX-512 there.
+BF16_SOURCES = ["attention_forward_cpu.cpp"]
 ISAS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 # Ranks must not depend on the processor, so distances are never computed with a fused multiply-add.
 EXTRA_FLAGS = {"retrieval": ["-ffp-contract=off"]}
@@ -171,6 +179,8 @@ class NinjaBuild(build_ext):
         objects = []
         for source in sorted(CSRC.glob("*/*_cpu.cpp")):
             for isa in ISAS:
+                if isa == "avx512_bf16" and source.name not in BF16_SOURCES:
+                    continue
                 flags = [*ISA_FLAGS[isa], *EXTRA_FLAGS.get(source.parent.name, []), f"-DSABMN_ISA={isa}"]
                 objects.append(ninja.compile(source, compiler + flags, isa))
 

@@ -43,7 +43,7 @@ T* pointer(std::uintptr_t address) {
 
 // ---- instruction set ----
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 Isa detect_isa() {
 #if defined(__x86_64__)
@@ -52,15 +52,24 @@ Isa detect_isa() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
     if (avx512) return Isa::avx512;
     if (avx2) return Isa::avx2;
 #endif
     return Isa::baseline;
 }
 
+// Intel's processors multiply pairs of bfloat16 at half the rate of float32, AMD's (from Zen 4 on) at twice that rate.
+Isa default_isa(Isa widest) {
+#if defined(__x86_64__)
+    if (widest == Isa::avx512_bf16 && !__builtin_cpu_is("amd")) return Isa::avx512;
+#endif
+    return widest;
+}
+
 const Isa detected_isa = detect_isa();
-Isa chosen_isa = detected_isa;
-const char* const isa_names[] = {"baseline", "avx2", "avx512"};
+Isa chosen_isa = default_isa(detected_isa);
+const char* const isa_names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 void set_isa(const std::string& name) {
     for (int isa = 0; isa <= static_cast<int>(detected_isa); ++isa) {
@@ -73,15 +82,18 @@ void set_isa(const std::string& name) {
                           isa_names[static_cast<int>(detected_isa)] + "'");
 }
 
-// for_isa(SABMN_VARIANTS(function)) is the variant of `function` for the chosen instruction set.
+// for_isa(SABMN_VARIANTS(function)) is the variant of `function` for the chosen instruction set; for_isa(
+// SABMN_BF16_VARIANTS(function)) where it has one for bfloat16 (isa.h).
 #if defined(__x86_64__)
-#define SABMN_VARIANTS(function) {baseline::function, avx2::function, avx512::function}
+#define SABMN_VARIANTS(function) {baseline::function, avx2::function, avx512::function, avx512::function}
+#define SABMN_BF16_VARIANTS(function) {baseline::function, avx2::function, avx512::function, avx512_bf16::function}
 #else
-#define SABMN_VARIANTS(function) {baseline::function, baseline::function, baseline::function}
+#define SABMN_VARIANTS(function) {baseline::function, baseline::function, baseline::function, baseline::function}
+#define SABMN_BF16_VARIANTS(function) SABMN_VARIANTS(function)
 #endif
 
 template <typename Function>
-Function* for_isa(Function* const (&variants)[3]) {
+Function* for_isa(Function* const (&variants)[4]) {
     return variants[static_cast<int>(chosen_isa)];
 }
 
@@ -484,6 +496,9 @@ py::dict build_info() {
 #ifdef SABMN_AVX512
         , "avx512"
 #endif
+#ifdef SABMN_AVX512_BF16
+        , "avx512_bf16"
+#endif
     );
 #ifdef SABMN_CUDA_TARGETS
     info["cuda_targets"] = py::str(SABMN_CUDA_TARGETS).attr("split")();
@@ -554,7 +569,7 @@ int attention_forward(int dtype, int threads, const SizeFields& sizes, Address x
                       const std::array<Address, 5>& weights, const std::array<Address, 4>& biases,
                       const std::array<Address, 5>& saved, Address workspace, Address y, const Strides& y_strides) {
     const AttentionInputs in = attention_inputs(dtype, threads, sizes, x, x_strides, weights, biases, saved, workspace);
-    return for_isa(SABMN_VARIANTS(attention_forward))(in, image(y, y_strides));
+    return for_isa(SABMN_BF16_VARIANTS(attention_forward))(in, image(y, y_strides));
 }
 
 // gradients: of w_query, w_key, w_value, w_out, gamma, b_query, b_value.

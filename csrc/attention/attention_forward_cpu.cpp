@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "attention/exponential.h"
+#include "attention/factors.h"
 #include "attention/product.h"
 #include "attention/tiles.h"
 #include "attention/workspace.h"
@@ -17,18 +18,19 @@ namespace sabmn {
 namespace SABMN_ISA {
 namespace {
 
-template <typename F>
+template <typename T>
 struct Projection {
-    const F* weight;   // [rows, C]
-    const void* bias;  // [rows] or null
-    void* result;      // [B, rows, N]
+    const Factor<T>* weight;  // [rows, C]
+    const void* bias;         // [rows] or null
+    void* result;             // [B, rows, N]
     int64_t rows;
-    F* chunks;         // the same as the products read it (workspace.h), or null
+    Factor<T>* chunks;        // the same as the products read it (workspace.h), or null
+    bool along_positions;     // these are the depth of the product that reads it, else the rows
 };
 
 // The sums of a tile's query, key and value get their biases and go where they belong.
 template <typename T>
-void keep_projections(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], int64_t image, int64_t first,
+void keep_projections(const AttentionInputs& in, const Projection<T> (&parts)[3], int64_t image, int64_t first,
                       int64_t count, Wide<T>* from) {
     using F = Wide<T>;
     const int64_t N = in.sizes.positions();
@@ -41,8 +43,12 @@ void keep_projections(const AttentionInputs& in, const Projection<Wide<T>> (&par
         store_tile<T>(from, part.rows, N, count, result);
         if (part.chunks) {  // read back, rounded to T as the backward pass will find it
             const AttentionChunks cut(in.sizes);
-            load_tile<T>(result, part.rows, N, count, part.chunks + cut.at(image, part.rows, first), cut.positions,
-                         count);
+            if (part.along_positions)
+                load_rows<T>(result, part.rows, N, count, part.chunks + steps<T>(cut.at(image, part.rows, first)),
+                             steps<T>(cut.positions));
+            else
+                load_tile<T>(result, part.rows, N, count, part.chunks + cut.at(image, steps<T>(part.rows), first),
+                             cut.positions, count);
         }
         from += part.rows * lanes;
     }
@@ -50,21 +56,22 @@ void keep_projections(const AttentionInputs& in, const Projection<Wide<T>> (&par
 
 // query, key and value of up to two tiles.
 template <typename T>
-void project(const AttentionInputs& in, const Projection<Wide<T>> (&parts)[3], int64_t image, int64_t first,
+void project(const AttentionInputs& in, const Projection<T> (&parts)[3], int64_t image, int64_t first,
              int64_t count, Arena<Wide<T>> arena) {
     using F = Wide<T>;
     const int64_t C = in.sizes.channels;
-    F* const tile = arena.take(chunk * lanes);
+    Factor<T>* const tile = take_factors<T>(arena, chunk * lanes);
     const int64_t rows = parts[0].rows + parts[1].rows + parts[2].rows;
     F* const sums = arena.take(tiles_together * rows * lanes);
     const Windows<T> x(in.x, in.sizes.width, image, first, count);
     for (int64_t c = 0; c < C; c += chunk) {
         const int64_t channels = smaller(chunk, C - c);
         each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
-            x[t].load(c, channels, tile);
+            load_factors(x[t], c, channels, tile);
             F* to = sums + t * rows * lanes;
             for (const auto& part : parts) {
-                product(part.rows, positions, channels, Left<F>{part.weight + c, C, 1}, tile, lanes, to, lanes, c > 0);
+                const Left<Factor<T>> weight{part.weight + steps<T>(c), steps<T>(C), 1};
+                product(part.rows, positions, steps<T>(channels), weight, tile, lanes, to, lanes, c > 0);
                 to += part.rows * lanes;
             }
         });
@@ -80,10 +87,14 @@ struct Softmax {
     F maximum[lanes], total[lanes];
 };
 
-// map[key][query]: logits become exponentials of their distance to the maximum so far; out, if there is one already, is
-// corrected for a maximum that has grown.
-template <typename F>
-void online_softmax(int64_t keys, int64_t count, F* map, Softmax<F>& softmax, int64_t rows, F* out, bool first) {
+// map[key][query]: of the logits `powers` become the exponentials of their distance to the maximum so far, in place but
+// for pairs; out, if there is one already, is corrected for a maximum that has grown. What is summed are the powers as
+// they are multiplied, rounded: out stays a mean of the values, and where a row is nearly one-hot, what sets it apart
+// from one of them is as exact as the other powers.
+template <typename T>
+void online_softmax(int64_t keys, int64_t count, Wide<T>* map, Factor<T>* powers, Softmax<Wide<T>>& softmax,
+                    int64_t rows, Wide<T>* out, bool first) {
+    using F = Wide<T>;
     constexpr int group = 4;  // vectors at a time: one chain of maxima would wait for itself
     constexpr int64_t width = vector_lanes<F>;
     for (int64_t lane = 0; lane < count; lane += group * width) {
@@ -97,11 +108,20 @@ void online_softmax(int64_t keys, int64_t count, F* map, Softmax<F>& softmax, in
                 const Vector<F> logit = vector_at(map + row * lanes + lane + i * width);
                 most[i] = logit > most[i] ? logit : most[i];
             }
-        for (int64_t row = 0; row < keys; ++row)
+        const auto power = [&](int64_t row, int i) {
+            return exponential<F>(vector_at(map + row * lanes + lane + i * width) - most[i]);
+        };
+        for (int64_t row = 0; row < keys; row += FactorOf<T>::terms)
             for (int i = 0; i < group; ++i) {
-                Vector<F>& entry = vector_at(map + row * lanes + lane + i * width);
-                entry = exponential<F>(entry - most[i]);
-                sum[i] += entry;
+                Vector<Factor<T>>& entry =
+                    vector_at(powers + row / FactorOf<T>::terms * lanes + lane + i * width);
+                if constexpr (in_pairs<T>) {
+                    entry = pairs_of(power(row, i), row + 1 < keys ? power(row + 1, i) : Vector<F>{});
+                    add_product(sum[i], Pair{{0x3f80}, {0x3f80}}, entry);  // 1, 1
+                } else {
+                    entry = power(row, i);
+                    sum[i] += entry;
+                }
             }
         for (int i = 0; i < group; ++i) {
             const int64_t at = lane + i * width;
@@ -131,8 +151,8 @@ void store_out(const AttentionInputs& in, int64_t image, int64_t first, int64_t 
 
 // out and lse of a tile of queries; leaves gamma · out.
 template <typename T>
-void attend(const AttentionInputs& in, const Wide<T>* keys, const Wide<T>* values, int64_t image, int64_t first,
-            int64_t count, Wide<T>* map, Wide<T>* query, Wide<T>* out) {
+void attend(const AttentionInputs& in, const Factor<T>* keys, const Factor<T>* values, int64_t image, int64_t first,
+            int64_t count, Wide<T>* map, Factor<T>* powers, Factor<T>* query, Wide<T>* out) {
     using F = Wide<T>;
     const int64_t N = in.sizes.positions(), dk = in.sizes.key_width, dv = in.sizes.value_width;
     const AttentionChunks cut(in.sizes);
@@ -140,11 +160,11 @@ void attend(const AttentionInputs& in, const Wide<T>* keys, const Wide<T>* value
     load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count, query);
     for (int64_t i = 0; i < N; i += chunk) {
         const int64_t part = smaller(chunk, N - i);
-        const F* const key = keys + cut.at(image, dk, i);
-        const F* const value = values + cut.at(image, dv, i);
-        product(part, count, dk, Left<F>{key, 1, cut.positions}, query, lanes, map, lanes, false);
-        online_softmax(part, count, map, softmax, dv, out, i == 0);
-        product(dv, count, part, Left<F>{value, cut.positions, 1}, map, lanes, out, lanes, i > 0);
+        const Left<Factor<T>> key{keys + cut.at(image, steps<T>(dk), i), 1, cut.positions};
+        const Left<Factor<T>> value{values + steps<T>(cut.at(image, dv, i)), steps<T>(cut.positions), 1};
+        product(part, count, steps<T>(dk), key, query, lanes, map, lanes, false);
+        online_softmax<T>(part, count, map, powers, softmax, dv, out, i == 0);
+        product(dv, count, steps<T>(part), value, powers, lanes, out, lanes, i > 0);
     }
     each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) {
         vector_at(out + at) /= vector_at(softmax.total + lane);
@@ -161,15 +181,21 @@ void attend(const AttentionInputs& in, const Wide<T>* keys, const Wide<T>* value
 
 // out, lse and y of up to two tiles of queries.
 template <typename T>
-void attend_and_project(const AttentionInputs& in, const Wide<T>* w_out, const Wide<T>* keys, const Wide<T>* values,
-                        const Image& y, int64_t image, int64_t first, int64_t count, Arena<Wide<T>> arena) {
+void attend_and_project(const AttentionInputs& in, const Factor<T>* w_out, const Factor<T>* keys,
+                        const Factor<T>* values, const Image& y, int64_t image, int64_t first, int64_t count,
+                        Arena<Wide<T>> arena) {
     using F = Wide<T>;
     const int64_t C = in.sizes.channels, dk = in.sizes.key_width, dv = in.sizes.value_width;
     F* const map = arena.take(chunk * lanes);  // [keys of a chunk][queries], then y
-    F* const query = arena.take(dk * lanes);
+    Factor<T>* const powers = in_pairs<T> ? take_factors<T>(arena, chunk * lanes) : reinterpret_cast<Factor<T>*>(map);
+    Factor<T>* const query = take_factors<T>(arena, dk * lanes);
     F* const outs = arena.take(tiles_together * dv * lanes);
+    Factor<T>* const rounded = in_pairs<T> ? take_factors<T>(arena, tiles_together * dv * lanes) : nullptr;
+    const Factor<T>* factors[tiles_together];  // the outs as w_out's product reads them
     each_tile(first, count, [&](int64_t t, int64_t begin, int64_t positions) {
-        attend<T>(in, keys, values, image, begin, positions, map, query, outs + t * dv * lanes);
+        F* const out = outs + t * dv * lanes;
+        attend<T>(in, keys, values, image, begin, positions, map, powers, query, out);
+        if (w_out) factors[t] = tile_factors<T>(dv, positions, out, rounded + t * dv * lanes);
     });
     const F gamma = *static_cast<const F*>(in.gamma);
     const Windows<T> x(in.x, in.sizes.width, image, first, count), to(y, in.sizes.width, image, first, count);
@@ -177,12 +203,13 @@ void attend_and_project(const AttentionInputs& in, const Wide<T>* w_out, const W
         const int64_t channels = smaller(chunk, C - c);
         each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
             F* const tile = map;
-            const F* const out = outs + t * dv * lanes;
             x[t].load(c, channels, tile);
+            const int64_t depth = steps<T>(dv);
             if (w_out)
-                product(channels, positions, dv, Left<F>{w_out + c * dv, dv, 1}, out, lanes, tile, lanes, true);
+                product(channels, positions, depth, Left<Factor<T>>{w_out + c * depth, depth, 1}, factors[t], lanes,
+                        tile, lanes, true);
             else
-                each_vector<F>(channels, positions, [=](int64_t, int64_t, int64_t at) {
+                each_vector<F>(channels, positions, [&, out = outs + t * dv * lanes](int64_t, int64_t, int64_t at) {
                     vector_at(tile + at) += vector_at(out + c * lanes + at);
                 });
             if (const T* const bias = static_cast<const T*>(in.b_out))
@@ -203,13 +230,13 @@ Status forward(const AttentionInputs& in, const Image& y) {
     F* const scratch = static_cast<F*>(in.workspace);
     Arena<F> shared{scratch + in.threads * per_thread};
     const AttentionChunks cut(sizes);
-    F* const keys = shared.take(cut.elements(sizes.batch, dk));
-    F* const values = shared.take(cut.elements(sizes.batch, dv));
-    const Projection<F> parts[] = {
-        {wide_weights<T>(in, in.w_query, dk, C, shared), in.b_query, in.query, dk, nullptr},
-        {wide_weights<T>(in, in.w_key, dk, C, shared), in.b_key, in.key, dk, keys},
-        {wide_weights<T>(in, in.w_value, dv, C, shared), in.b_value, in.value, dv, values}};
-    const F* const w_out = wide_weights<T>(in, in.w_out, C, dv, shared);
+    Factor<T>* const keys = take_factors<T>(shared, cut.elements(sizes.batch, dk));
+    Factor<T>* const values = take_factors<T>(shared, cut.elements(sizes.batch, dv));
+    const Projection<T> parts[] = {
+        {weight_factors<T>(in, in.w_query, dk, C, shared), in.b_query, in.query, dk, nullptr, false},
+        {weight_factors<T>(in, in.w_key, dk, C, shared), in.b_key, in.key, dk, keys, false},
+        {weight_factors<T>(in, in.w_value, dv, C, shared), in.b_value, in.value, dv, values, true}};
+    const Factor<T>* const w_out = weight_factors<T>(in, in.w_out, C, dv, shared);
     const auto projection = [&](int64_t image, int64_t first, int64_t count, Arena<F> arena) {
         project<T>(in, parts, image, first, count, arena);
     };
@@ -219,6 +246,28 @@ Status forward(const AttentionInputs& in, const Image& y) {
     each_image(in, scratch, per_thread, tile_by_tile(in, projection), tile_by_tile(in, attention));
     return ok;
 }
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+
+Status attention_forward(const AttentionInputs& inputs, const Image& y) {
+    return inputs.dtype == DType::bfloat16 ? forward<BFloat16>(inputs, y) : avx512::attention_forward(inputs, y);
+}
+
+#else
+
+Status attention_forward(const AttentionInputs& inputs, const Image& y) {
+    switch (inputs.dtype) {
+        case DType::float32: return forward<float>(inputs, y);
+        case DType::float64: return forward<double>(inputs, y);
+        case DType::bfloat16: return forward<BFloat16>(inputs, y);
+        case DType::float16: return forward<Float16>(inputs, y);
+    }
+    return unsupported_dtype;
+}
+
+namespace {
 
 template <typename F>
 Status exponentials(const void* x, void* result, int64_t count) {
@@ -234,21 +283,13 @@ Status exponentials(const void* x, void* result, int64_t count) {
 
 }  // namespace
 
-Status attention_forward(const AttentionInputs& inputs, const Image& y) {
-    switch (inputs.dtype) {
-        case DType::float32: return forward<float>(inputs, y);
-        case DType::float64: return forward<double>(inputs, y);
-        case DType::bfloat16: return forward<BFloat16>(inputs, y);
-        case DType::float16: return forward<Float16>(inputs, y);
-    }
-    return unsupported_dtype;
-}
-
 Status attention_exponential(DType dtype, const void* x, void* result, int64_t count) {
     if (dtype == DType::float32) return exponentials<float>(x, result, count);
     if (dtype == DType::float64) return exponentials<double>(x, result, count);
     return unsupported_dtype;
 }
+
+#endif
 
 }  // namespace SABMN_ISA
 }  // namespace sabmn

@@ -1,13 +1,15 @@
-// The one product routine of self-attention: C (+)= A·B, with A read number by number and B by vectors.
+// The one product routine of self-attention: C (+)= A·B, with A read factor by factor and B by vectors. A factor is a
+// number, or a pair of them along the depth (bf16_pairs.h), which makes a step of the depth two terms.
 //
 // A block of C is block_rows × block_vectors vectors of sums in registers (6 × 4 of 32 with AVX-512, 6 × 2 of 16
-// otherwise). A step of the depth loads block_vectors vectors and block_rows numbers for their product of
+// otherwise). A step of the depth loads block_vectors vectors and block_rows factors for their product of
 // multiply-adds: 10 loads for 24 of them, where the processor can make one for each.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "attention/bf16_pairs.h"
 #include "common/simd.h"
 
 namespace sabmn {
@@ -17,31 +19,36 @@ constexpr int block_rows = 6, block_vectors = vector_bytes == 64 ? 4 : 2;
 constexpr std::int64_t product_depth = 128;  // longer sums are added up in parts of so many terms
 
 // a(row, k) = data[row·row_stride + k·step].
-template <typename T>
+template <typename P>
 struct Left {
-    const T* data;
+    const P* data;
     std::int64_t row_stride, step;
     Left at(std::int64_t row, std::int64_t k) const {
         return {data + row * row_stride + k * step, row_stride, step};
     }
 };
 
+template <typename T>
+static inline void add_product(Vector<T>& sum, T factor, Vector<T> right) {
+    sum += factor * right;
+}
+
 // Summed from 0 and then added to c, so that a large c costs one rounding only.
-template <int rows, int vectors, typename T>
-static inline void product_block(std::int64_t depth, Left<T> a, const T* b, std::int64_t b_row, T* c,
+template <int rows, int vectors, typename P>
+static inline void product_block(std::int64_t depth, Left<P> a, const P* b, std::int64_t b_row, Sum<P>* c,
                                  std::int64_t c_row, bool add) {
-    constexpr int width = vector_lanes<T>;
-    Vector<T> sums[rows][vectors] = {};
+    constexpr int width = vector_lanes<P>;
+    Vector<Sum<P>> sums[rows][vectors] = {};
 #pragma GCC unroll 4
     for (std::int64_t k = 0; k < depth; ++k, a.data += a.step, b += b_row) {
-        Vector<T> right[vectors];
+        Vector<P> right[vectors];
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; ++j) right[j] = vector_at(b + j * width);
 #pragma GCC unroll 6
         for (int row = 0; row < rows; ++row) {
-            const T factor = a.data[row * a.row_stride];
+            const P factor = a.data[row * a.row_stride];
 #pragma GCC unroll 4
-            for (int j = 0; j < vectors; ++j) sums[row][j] += factor * right[j];
+            for (int j = 0; j < vectors; ++j) add_product(sums[row][j], factor, right[j]);
         }
     }
 #pragma GCC unroll 6
@@ -52,9 +59,9 @@ static inline void product_block(std::int64_t depth, Left<T> a, const T* b, std:
     }
 }
 
-template <int vectors, typename T>
-static void product_columns(std::int64_t rows, std::int64_t depth, Left<T> a, const T* b, std::int64_t b_row, T* c,
-                            std::int64_t c_row, bool add) {
+template <int vectors, typename P>
+static void product_columns(std::int64_t rows, std::int64_t depth, Left<P> a, const P* b, std::int64_t b_row,
+                            Sum<P>* c, std::int64_t c_row, bool add) {
     std::int64_t row = 0;
     const auto block = [&](auto height) {
         product_block<height.value, vectors>(depth, a.at(row, 0), b, b_row, c + row * c_row, c_row, add);
@@ -79,15 +86,15 @@ static void product_columns(std::int64_t rows, std::int64_t depth, Left<T> a, co
 
 // c[rows][columns] (+)= a[rows][depth] · b[depth][columns]; rows of b and c are b_row and c_row apart. Columns are
 // computed in whole vectors: b and c are that wide.
-template <typename T>
-static void product(std::int64_t rows, std::int64_t columns, std::int64_t depth, Left<T> a, const T* b,
-                    std::int64_t b_row, T* c, std::int64_t c_row, bool add) {
-    constexpr std::int64_t width = vector_lanes<T>;
+template <typename P>
+static void product(std::int64_t rows, std::int64_t columns, std::int64_t depth, Left<P> a, const P* b,
+                    std::int64_t b_row, Sum<P>* c, std::int64_t c_row, bool add) {
+    constexpr std::int64_t width = vector_lanes<P>;
     for (std::int64_t k = 0; k < depth; k += product_depth, add = true) {
         const std::int64_t part = depth - k < product_depth ? depth - k : product_depth;
         for (std::int64_t column = 0; column < columns;) {
             const std::int64_t vectors = (columns - column + width - 1) / width;
-            const T* right = b + k * b_row + column;
+            const P* right = b + k * b_row + column;
             const auto run = [&](auto count) {
                 product_columns<count.value>(rows, part, a.at(0, k), right, b_row, c + column, c_row, add);
                 column += count.value * width;

@@ -234,18 +234,5 @@ static void each_image(const AttentionInputs& in, F* scratch, std::int64_t scrat
     (run(phases), ...);
 }
 
-// The weights [rows][columns] in what is computed in: where they stand, or a copy in `memory`.
-template <typename T>
-static const Wide<T>* wide_weights(const AttentionInputs& in, const void* weights, std::int64_t rows,
-                                   std::int64_t columns, Arena<Wide<T>>& memory) {
-    if (!weights) return nullptr;
-    const T* const from = static_cast<const T*>(weights);
-    if constexpr (sizeof(T) == sizeof(Wide<T>)) return from;
-    Wide<T>* const to = memory.take(rows * columns);
-#pragma omp parallel for num_threads(in.threads)
-    for (std::int64_t row = 0; row < rows; ++row) read_row(from + row * columns, columns, to + row * columns);
-    return to;
-}
-
 }  // namespace SABMN_ISA
 }  // namespace sabmn

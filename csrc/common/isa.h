@@ -10,7 +10,12 @@
     namespace baseline { declaration }  \
     namespace avx2 { declaration }      \
     namespace avx512 { declaration }
+// Of the few sources that multiply bfloat16 in a way of its own with AVX512-BF16; the others, and the other dtypes, run
+// as for avx512 there.
+#define SABMN_FOR_BF16_ISA(declaration) \
+    namespace avx512_bf16 { declaration }
 #else
 #define SABMN_FOR_EACH_ISA(declaration) \
     namespace baseline { declaration }
+#define SABMN_FOR_BF16_ISA(declaration)
 #endif

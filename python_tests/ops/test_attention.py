@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import (
+    ISAS,
     NAMES,
     Inputs,
     call,
     check,
     draw,
+    instruction_set,
     literal,
     needs_native,
     peak_of_first_step,
@@ -77,20 +79,13 @@ def test_low_precision(backend: str, sizes: tuple[int, ...], dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 @needs_native
 def test_every_instruction_set(isa: str, dtype: torch.dtype, seed: int) -> None:
-    before = _native.module.isa()
-    try:
-        try:
-            _native.module.set_isa(isa)
-        except ValueError as error:
-            pytest.skip(str(error))
+    with instruction_set(isa):
         for sizes, draws in ((SIZES[0], SHARP_DRAWS), (SIZES[4], 3)):
             for make in (draw, sharp):
                 check([make(sizes, 100 * seed + i, dtype) for i in range(draws)], "cpu")
-    finally:
-        _native.module.set_isa(before)
 
 
 # Draws of SIZES[0]: the error comes from the few rows that are not quite one-hot, and three draws have too few of them

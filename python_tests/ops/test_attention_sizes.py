@@ -2,24 +2,19 @@
 
 import pytest
 import torch
-from attention_cases import Inputs, call, check, draw, literal, needs_native, with_gradients
+from attention_cases import ISAS, Inputs, call, check, draw, instruction_set, literal, needs_native, with_gradients
 from float64_rule import assert_close_to_float64
 
 from sabmn_ext import _native
 
 pytestmark = needs_native
-ISAS = ["baseline", "avx2", "avx512"]
 
 
-@pytest.fixture(params=ISAS)
+# float32 runs under avx512_bf16 as under avx512; test_attention_pairs.py holds the two against each other.
+@pytest.fixture(params=ISAS[:-1])
 def isa(request: pytest.FixtureRequest):
-    before = _native.module.isa()
-    try:
-        _native.module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.module.set_isa(before)
+    with instruction_set(request.param):
+        yield request.param
 
 
 # B, C, H, W, key width, value width. Above 512 positions the backward cuts the keys into parts, above 4,096 into longer
