@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 FINGERPRINT = runpy.run_path(str(ROOT / "sabmn_ext" / "_fingerprint.py"))["source_fingerprint"](ROOT)
 
-# Every *_cpu.cpp is compiled once for each of these; the widest that the processor has is taken at run time.
+# Every *_cpu.cpp is compiled once for each of these (the last: those that multiply bfloat16 in pairs); which one is
+# taken is decided at run time (default_isa in csrc/bindings.cpp).
 AVX512_FLAGS = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
     "baseline": [],
@@ -31,8 +32,7 @@ ISA_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
-# What has products of its own for bfloat16; all else runs as for AVX-512 there.
-BF16_SOURCES = ["attention_forward_cpu.cpp"]
+BF16_SOURCES = ["attention_backward_cpu.cpp", "attention_forward_cpu.cpp"]
 ISAS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 # Ranks must not depend on the processor, so distances are never computed with a fused multiply-add.
 EXTRA_FLAGS = {"retrieval": ["-ffp-contract=off"]}

@@ -3,6 +3,7 @@
     python benchmarks/attention_bench.py
     python benchmarks/attention_bench.py --shapes stage3 8x512x24x8:64 --dtypes fp32 bf16 --threads 1 2
     python benchmarks/attention_bench.py --rivals eager compile --csv runs/attention.csv --plot runs/attention.png
+    python benchmarks/attention_bench.py --dtypes fp32 bf16 --isa avx512_bf16
     python benchmarks/attention_bench.py --targets
 
 The candidates take turns; times are medians, "± %" half the distance of the quartiles. Operations are counted as
@@ -32,6 +33,7 @@ from attention_report import Row, plot, table, threads, write_csv
 from attention_settings import DTYPES, FORMATS, STAGES, Setting, parse_shape, rivals_on
 from attention_targets import target_table, targets
 
+from sabmn_ext import _native
 from sabmn_ext.ops import dispatch
 
 PLOTS = (".png", ".pdf", ".svg")
@@ -62,6 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--rivals", nargs="*", metavar="RIVAL", help="eager, sdpa-…, compile (default: all of the device but compile)")
     add("--form", choices=["paper", "gan"], default="paper", help="gan: biases, C value channels, no output projection")
     add("--backend", choices=["auto", *dispatch.BACKENDS], default="auto", help="of ours")
+    add("--isa", metavar="NAME", help="instruction set of ours on a CPU: baseline, avx2, avx512, avx512_bf16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--matmul-precision", choices=["highest", "high", "medium"], help="torch.set_float32_matmul_precision")
     add("--rounds", type=int, metavar="N", help="of every comparison (default 15, fewer at the --limit)")
@@ -81,6 +84,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--device is cuda, but torch finds no CUDA device here; expected cpu")
     if options.targets and on_gpu:
         parser.error("--targets are those of a CPU; expected --device cpu")
+    if options.isa is not None:
+        if _native.module is None:
+            parser.error(f"--isa names a form of the native module, but {_native.missing_reason}")
+        try:
+            _native.module.set_isa(options.isa)
+        except ValueError as error:
+            parser.error(str(error))
     if options.batch is None:
         options.batch = 64 if on_gpu else 4
     if options.dtypes is None:
@@ -124,7 +134,8 @@ def machine(options: argparse.Namespace) -> str:
         launch = "call by call" if options.no_graph else "CUDA graphs"
         name = f"{torch.cuda.get_device_name()}, {launch}, L2 cache {cuda_timing.cache_bytes() / 1e6:.0f} MB"
     else:
-        name = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} processors"
+        ours = f", ours {_native.module.isa()}" if _native.module else ""
+        name = f"CPU ({torch.backends.cpu.get_cpu_capability()}{ours}), {os.cpu_count()} processors"
     return f"torch {torch.__version__}, {name}, float32 products: {torch.get_float32_matmul_precision()}"
 
 

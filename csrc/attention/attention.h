@@ -60,6 +60,7 @@ constexpr int64_t attention_chunk = 128;  // rows of the tiles that are walked i
 SABMN_FOR_EACH_ISA(Status attention_forward(const AttentionInputs& inputs, const Image& y);)
 SABMN_FOR_BF16_ISA(Status attention_forward(const AttentionInputs& inputs, const Image& y);)
 SABMN_FOR_EACH_ISA(Status attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients);)
+SABMN_FOR_BF16_ISA(Status attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients);)
 // result[i] = exp(x[i]) for x[i] ≤ 0, as the kernels compute it (float32 and float64); for its test.
 SABMN_FOR_EACH_ISA(Status attention_exponential(DType dtype, const void* x, void* result, int64_t count);)
 

@@ -187,10 +187,10 @@ void attend_and_project(const AttentionInputs& in, const Factor<T>* w_out, const
     using F = Wide<T>;
     const int64_t C = in.sizes.channels, dk = in.sizes.key_width, dv = in.sizes.value_width;
     F* const map = arena.take(chunk * lanes);  // [keys of a chunk][queries], then y
-    Factor<T>* const powers = in_pairs<T> ? take_factors<T>(arena, chunk * lanes) : reinterpret_cast<Factor<T>*>(map);
+    Factor<T>* const powers = take_factors_of<T>(arena, map, chunk / FactorOf<T>::terms * lanes);
     Factor<T>* const query = take_factors<T>(arena, dk * lanes);
     F* const outs = arena.take(tiles_together * dv * lanes);
-    Factor<T>* const rounded = in_pairs<T> ? take_factors<T>(arena, tiles_together * dv * lanes) : nullptr;
+    Factor<T>* const rounded = take_factors_of<T>(arena, outs, tiles_together * dv * lanes);
     const Factor<T>* factors[tiles_together];  // the outs as w_out's product reads them
     each_tile(first, count, [&](int64_t t, int64_t begin, int64_t positions) {
         F* const out = outs + t * dv * lanes;

@@ -45,13 +45,19 @@ static inline void add_product(Vector<float>& sum, Pair factor, Vector<Pair> rig
     add_product(sum, Vector<Pair>{} + bits, right);
 }
 
-// Rounded to nearest even.
+// Two vectors rounded to nearest even, one after the other.
+typedef std::int16_t Rounded __attribute__((vector_size(vector_bytes)));
+static inline Rounded rounded(Vector<float> first, Vector<float> second) {
+    return (Rounded)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+// The same as pairs of first and second numbers.
+static inline Vector<Pair> pairs_of(Rounded both) {
+    const Rounded turns = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (Vector<Pair>)__builtin_shuffle(both, turns);
+}
 static inline Vector<Pair> pairs_of(Vector<float> first, Vector<float> second) {
-    typedef std::int16_t Halves __attribute__((vector_size(vector_bytes)));
-    const Halves turns = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const Halves one_after_the_other = (Halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    return (Vector<Pair>)__builtin_shuffle(one_after_the_other, turns);
+    return pairs_of(rounded(first, second));
 }
 
 #endif

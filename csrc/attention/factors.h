@@ -3,7 +3,10 @@
 // pairs, neighbouring rows or neighbouring columns are one factor, and what is missing at an odd end is 0.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/bf16_pairs.h"
+#include "attention/product.h"
 #include "attention/tiles.h"
 
 namespace sabmn {
@@ -26,6 +29,9 @@ template <typename T>
 using Factor = typename FactorOf<T>::Type;
 template <typename T>
 constexpr bool in_pairs = FactorOf<T>::terms == 2;
+// One term of a factor.
+template <typename T>
+using Term = std::conditional_t<in_pairs<T>, T, Wide<T>>;
 
 // Factors along so many terms.
 template <typename T>
@@ -37,6 +43,13 @@ template <typename T>
 static inline Factor<T>* take_factors(Arena<Wide<T>>& arena, std::int64_t count) {
     static_assert(sizeof(Factor<T>) == sizeof(Wide<T>), "the workspace is counted in the wide type");
     return reinterpret_cast<Factor<T>*>(arena.take(count));
+}
+
+// Space for the factors that a tile of results becomes: its own, but for pairs.
+template <typename T>
+static inline Factor<T>* take_factors_of(Arena<Wide<T>>& arena, Wide<T>* tile, std::int64_t count) {
+    if constexpr (in_pairs<T>) return take_factors<T>(arena, count);
+    else return tile;
 }
 
 // ---- pairs along the rows ----
@@ -112,6 +125,40 @@ static void load_rows(const T* matrix, std::int64_t rows, std::int64_t row_lengt
         __builtin_memcpy(to, matrix, count * sizeof(T));
         if (count % 2) to[count / 2].second = {};
     }
+}
+
+// Positions of the channels of a window as the depth of a left operand: where they stand, or a copy in `tile`.
+template <typename T>
+static Left<Wide<T>> left_factors(const Window<T>& window, std::int64_t first_channel, std::int64_t channels,
+                                  Wide<T>* tile) {
+    if constexpr (sizeof(T) == sizeof(Wide<T>)) {
+        const T* const start = window.base + first_channel * window.channel_stride + window.offset[0];
+        if (window.uniform) return {start, window.channel_stride, window.step()};
+    }
+    window.load(first_channel, channels, tile, chunk);
+    return {tile, chunk, 1};
+}
+template <typename T>
+static Left<Pair> left_factors(const Window<T>& window, std::int64_t first_channel, std::int64_t channels, Pair* tile) {
+    const T* const from = window.base + first_channel * window.channel_stride;
+    const std::int64_t count = window.count, stride = window.channel_stride;
+    if (window.contiguous()) {
+        const T* const start = from + window.offset[0];
+        if (count % 2 == 0 && stride % 2 == 0) return {reinterpret_cast<const Pair*>(start), stride / 2, 1};
+        load_rows<T>(start, channels, stride, count, tile, chunk / 2);
+        return {tile, chunk / 2, 1};
+    }
+    for (std::int64_t lane = 0; lane < count; lane += 2) {
+        const T* const first = from + window.offset[lane];
+        const T* const second = lane + 1 < count ? from + window.offset[lane + 1] : nullptr;
+        Pair* const to = tile + lane / 2 * lanes;
+        if (stride == 1)
+            interleave(first, second, channels, to);
+        else
+            for (std::int64_t c = 0; c < channels; ++c)
+                to[c] = {first[c * stride], second ? second[c * stride] : T{0}};
+    }
+    return {tile, 1, lanes};
 }
 
 // The weights [rows][columns] as a left operand [rows][steps(columns)]: where they stand, or a copy in `memory`.

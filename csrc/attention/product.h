@@ -110,16 +110,20 @@ static void product(std::int64_t rows, std::int64_t columns, std::int64_t depth,
 }
 
 // sums[lane] = Σ over rows of a·b, added up exactly as product() does it: where a row of the map is one-hot, its
-// gradient of the map less this sum is then 0, not rounding noise times a large logit's gradient.
-template <typename T>
-static void row_dots(std::int64_t rows, std::int64_t columns, const T* a, const T* b, std::int64_t row_length,
-                     T* sums) {
-    for (std::int64_t lane = 0; lane < columns; lane += vector_lanes<T>) {
-        Vector<T> total = {};
+// gradient of the map less this sum is then 0, not rounding noise times a large logit's gradient. Rows of a and b are
+// a_row and b_row apart.
+template <typename P>
+static void row_dots(std::int64_t rows, std::int64_t columns, const P* a, std::int64_t a_row, const P* b,
+                     std::int64_t b_row, Sum<P>* sums) {
+    for (std::int64_t lane = 0; lane < columns; lane += vector_lanes<P>) {
+        Vector<Sum<P>> total = {};
         for (std::int64_t row = 0; row < rows; row += product_depth) {
-            Vector<T> sum = {};
-            for (std::int64_t k = row; k < rows && k < row + product_depth; ++k)
-                sum += vector_at(a + k * row_length + lane) * vector_at(b + k * row_length + lane);
+            Vector<Sum<P>> sum = {};
+            for (std::int64_t k = row; k < rows && k < row + product_depth; ++k) {
+                const Vector<P> left = vector_at(a + k * a_row + lane), right = vector_at(b + k * b_row + lane);
+                if constexpr (std::is_same<P, Pair>::value) add_product(sum, left, right);
+                else sum += left * right;
+            }
             total = row ? total + sum : sum;
         }
         vector_at(sums + lane) = total;

@@ -23,9 +23,10 @@ inline AttentionParts attention_parts(const AttentionSizes& sizes, int threads) 
     return {part * attention_lanes, parts, images < sizes.batch ? images : sizes.batch};
 }
 
+// Of a thread: tiles of a chunk's rows, up to 2 and, as pairs, 3 of half their size; tiles of the widths' rows.
 inline int64_t attention_thread_workspace(const AttentionSizes& sizes) {
     const int64_t widths = attention_padded(sizes.key_width) + attention_padded(sizes.value_width);
-    return attention_lanes * (2 * attention_chunk + 7 * widths);
+    return attention_lanes * (4 * attention_chunk + 7 * widths);
 }
 
 // A matrix [B, rows, N] as the products read it: cut into chunks of 128 positions, [B, chunks, rows, 128] (fewer where
@@ -35,7 +36,8 @@ struct AttentionChunks {
     explicit AttentionChunks(const AttentionSizes& sizes)
         : chunks((sizes.positions() + attention_chunk - 1) / attention_chunk),
           positions(chunks > 1 ? attention_chunk : attention_padded(sizes.positions())) {}
-    int64_t elements(int64_t batch, int64_t rows) const { return batch * chunks * rows * positions; }
+    // Pairs of bfloat16 stand there twice, along the rows and along the positions, which takes an even number of rows.
+    int64_t elements(int64_t batch, int64_t rows) const { return batch * chunks * (rows + rows % 2) * positions; }
     // Where the row 0 of a position stands; row r is r · positions further.
     int64_t at(int64_t image, int64_t rows, int64_t position) const {
         return (image * chunks + position / attention_chunk) * rows * positions + position % attention_chunk;

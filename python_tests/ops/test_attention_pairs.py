@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import attention_bench
 import pytest
 import torch
 from attention_cases import call, check, draw, instruction_set, needs_native, with_gradients
@@ -85,6 +86,14 @@ def test_one_image_does_not_notice_another(value: float, seed: int) -> None:
         y = call(inputs, "cpu")
         assert not y[image].isfinite().any()
         assert torch.equal(y[1 - image], expected[1 - image])
+
+
+@pytest.mark.usefixtures("pairs")
+def test_the_benchmark_names_the_form(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "ours avx512_bf16)" in attention_bench.machine(attention_bench.parse(["--isa", FORM]))
+    with pytest.raises(SystemExit, match="2"):
+        attention_bench.parse(["--isa", "mmx"])
+    assert "instruction set 'mmx' is not available here" in capsys.readouterr().err
 
 
 CPUINFO = Path("/proc/cpuinfo")

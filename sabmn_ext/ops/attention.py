@@ -54,10 +54,10 @@ def self_attention2d(
 
     Args:
         x: ``[B, C, H, W]``, any strides; float32, float64, bfloat16 or float16. C++ kernels serve the CPU (the 16-bit
-            types computed in float32), CUDA or Triton kernels NVIDIA GPUs but for float64, plain torch all else. On a
-            GPU float32 is multiplied as TF32 if torch's own products are
-            (``torch.backends.cuda.matmul.fp32_precision``), else exactly. The N×N map is stored nowhere, except by
-            second derivatives: O(B·N²).
+            types computed in float32; bfloat16 multiplied as it is where that pays, see README), CUDA or Triton kernels
+            NVIDIA GPUs but for float64, plain torch all else. On a GPU float32 is multiplied as TF32 if torch's own
+            products are (``torch.backends.cuda.matmul.fp32_precision``), else exactly. The N×N map is stored nowhere,
+            except by second derivatives: O(B·N²).
         w_query, w_key: ``[d, C]`` or ``[d, C, 1, 1]``, with x's dtype and device, as all weights and biases.
         w_value: ``[value width, C]``.
         w_out: ``[C, value width]``; None leaves the output projection out, and the value width is then C.
