@@ -35,10 +35,16 @@ def pairs() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "sliced channels_last"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES[:-1], ids=str)
 @pytest.mark.usefixtures("pairs")
 def test_output_and_gradients(sizes: tuple[int, ...], layout: str, seed: int) -> None:
-    check([draw(sizes, 10 * seed + i, torch.bfloat16, layout) for i in range(8)], "cpu")
+    check([draw(sizes, 100 * seed + i, torch.bfloat16, layout) for i in range(16)], "cpu")
+
+
+@pytest.mark.usefixtures("pairs")
+def test_parts_of_keys(seed: int) -> None:
+    """Many draws: a bias has few numbers, and their errors are as large as plain torch's."""
+    check([draw(SIZES[-1], 100 * seed + i, torch.bfloat16) for i in range(40)], "cpu")
 
 
 @pytest.mark.usefixtures("pairs")
