@@ -335,11 +335,11 @@ int count_nonmatches(const MatrixFields& query, const MatrixFields& gallery, con
 }
 
 int count_nonmatches_in_rows(const MatrixFields& rows, const LabelFields& labels, const MatchFields& matches,
-                             const BinFields& bins, int dtype, int threads) {
+                             const BinFields& bins, std::uintptr_t workspace, int dtype, int threads) {
     py::gil_scoped_release release;
     return for_isa(SABMN_VARIANTS(count_nonmatches_in_rows))(matrix_of(rows, dtype), labels_of(labels),
                                                              matches_of(matches), bins_of(bins),
-                                                             usable_threads(threads));
+                                                             pointer<std::int64_t>(workspace), usable_threads(threads));
 }
 
 #ifdef SABMN_CUDA_TARGETS
@@ -411,20 +411,46 @@ void define_retrieval_cuda(py::module_& m) {
 
 // ---- search ----
 
-// The members of the structs, in their order.
-using KeptFields = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
-using TileFields = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t>;
+// The members of the structs, in their order; the sign comes apart.
+using KeptFields = std::array<std::int64_t, 7>;
+using TileFields = std::array<std::int64_t, 5>;
 
-int keep_smallest(const KeptFields& kept, const TileFields& tile, double sign, int threads) {
-    const auto [values, items, rows, count, filled] = kept;
-    const auto [entries, offsets, columns, first_item] = tile;
-    return for_isa(SABMN_VARIANTS(keep_smallest))(
-        {pointer<double>(values), pointer<std::int64_t>(items), rows, count, filled},
-        {pointer<float>(entries), pointer<double>(offsets), columns, first_item, sign}, usable_threads(threads));
+Kept kept_of(const KeptFields& fields) {
+    return {pointer<double>(fields[0]), pointer<std::int64_t>(fields[1]), pointer<double>(fields[2]),
+            pointer<std::int64_t>(fields[3]), fields[4], fields[5], fields[6]};
+}
+
+Tile tile_of(const TileFields& fields, double sign) {
+    return {pointer<float>(fields[0]), pointer<double>(fields[1]), fields[2], fields[3], fields[4], sign};
+}
+
+int keep_smallest_of_rows(const KeptFields& kept, const TileFields& tile, double sign, int threads) {
+    return for_isa(SABMN_VARIANTS(keep_smallest_of_rows))(kept_of(kept), tile_of(tile, sign), usable_threads(threads));
+}
+
+int keep_smallest_of_columns(const KeptFields& kept, const TileFields& tile, double sign, int threads) {
+    return for_isa(SABMN_VARIANTS(keep_smallest_of_columns))(kept_of(kept), tile_of(tile, sign), usable_threads(threads));
+}
+
+int settle_smallest(const KeptFields& kept, int threads) {
+    return for_isa(SABMN_VARIANTS(settle_smallest))(kept_of(kept), usable_threads(threads));
+}
+
+int rank_kept(const KeptFields& kept, const MatrixFields& query, const MatrixFields& gallery, int metric, double sign,
+              double slack, std::int64_t k, std::uintptr_t distances, std::uintptr_t items, std::uintptr_t workspace, int dtype,
+              int threads) {
+    return for_isa(SABMN_VARIANTS(rank_kept))(kept_of(kept), matrix_of(query, dtype), matrix_of(gallery, dtype),
+                                              static_cast<Metric>(metric), sign, slack, k,
+                                              pointer<double>(distances), pointer<std::int64_t>(items),
+                                              pointer<double>(workspace), usable_threads(threads));
 }
 
 void define_search(py::module_& m) {
-    m.def("keep_smallest", keep_smallest, py::call_guard<py::gil_scoped_release>());
+    using released = py::call_guard<py::gil_scoped_release>;
+    m.def("keep_smallest_of_rows", keep_smallest_of_rows, released());
+    m.def("keep_smallest_of_columns", keep_smallest_of_columns, released());
+    m.def("settle_smallest", settle_smallest, released());
+    m.def("rank_kept", rank_kept, released());
 }
 
 // ---- re-ranking ----
@@ -461,16 +487,16 @@ int mean_of_rows(const SparseFields& rows, const NeighborFields& neighbors, std:
                                                  usable_threads(threads));
 }
 
-std::int64_t reranked_workspace(std::int64_t dim, std::int64_t gallery_rows, std::int64_t chunk, int threads) {
-    return for_isa(SABMN_VARIANTS(reranked_workspace))(dim, gallery_rows, chunk, threads);
+std::int64_t reranked_workspace(std::int64_t dim, std::int64_t query_rows, int threads) {
+    return for_isa(SABMN_VARIANTS(reranked_workspace))(dim, query_rows, threads);
 }
 
-int reranked_distances(const MatrixFields& query, const MatrixFields& gallery, int metric, std::uintptr_t largest,
-                       const SparseFields& query_rows, const SparseFields& columns, double lambda, std::int64_t chunk,
+int reranked_distances(const MatrixFields& query, const MatrixFields& gallery, int metric, std::uintptr_t center,
+                       std::uintptr_t largest, const SparseFields& query_rows, const SparseFields& columns, double lambda,
                        std::uintptr_t distances, std::uintptr_t workspace, int dtype, int threads) {
     return for_isa(SABMN_VARIANTS(reranked_distances))(
-        matrix_of(query, dtype), matrix_of(gallery, dtype), static_cast<Metric>(metric), pointer<double>(largest),
-        sparse_rows_of(query_rows), sparse_rows_of(columns), lambda, chunk, pointer<double>(distances),
+        matrix_of(query, dtype), matrix_of(gallery, dtype), static_cast<Metric>(metric), pointer<double>(center),
+        pointer<double>(largest), sparse_rows_of(query_rows), sparse_rows_of(columns), lambda, pointer<double>(distances),
         pointer<double>(workspace), usable_threads(threads));
 }
 

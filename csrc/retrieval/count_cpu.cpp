@@ -23,12 +23,12 @@
 // finite, has e = ∞: all its pairs are refined.
 //
 // Plan. A block of queries is packed once: panels of `panel_rows` rows, feature by feature. The gallery passes by in tiles,
-// packed in panels of `panel_columns`, junk left out. In each tile threads take a few query panels at a time: product into a
+// packed in panels of `tile_columns`, junk left out. In each tile threads take a few query panels at a time: product into a
 // small buffer, then the buffer's rows are counted while they are in the cache. A query's counts and a thread's histogram
 // have one writer: no atomics.
 
 #include "retrieval/bound.h"
-#include "retrieval/exact.h"
+#include "retrieval/product.h"
 
 #include <omp.h>
 
@@ -36,61 +36,8 @@ namespace sabmn {
 namespace SABMN_ISA {
 namespace {
 
-// ---- the float32 product ----
-
-#if defined(__AVX512F__)
-constexpr int float_width = 16, panel_rows = 12, panel_vectors = 2;  // 24 of 32 registers are sums
-#elif defined(__AVX2__)
-constexpr int float_width = 8, panel_rows = 6, panel_vectors = 2;  // 12 of 16
-#elif defined(__aarch64__)
-constexpr int float_width = 4, panel_rows = 8, panel_vectors = 3;  // 24 of 32
-#else
-constexpr int float_width = 4, panel_rows = 4, panel_vectors = 2;  // 8 of 16
-#endif
-constexpr int panel_columns = panel_vectors * float_width;
+constexpr int tile_columns = panel_columns<float>;
 constexpr int64_t chunk = 64;  // features summed in registers before the sum goes to memory: keeps the error bound small
-typedef float Floats __attribute__((vector_size(float_width * sizeof(float)), aligned(sizeof(float)), may_alias));
-
-Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
-
-// product[i][j] = Σ_k rows[k][i] columns[k][j] for one panel of each side.
-void multiply_panels(const float* rows, const float* columns, int64_t dim, float* product, int64_t stride) {
-    for (int64_t first = 0; first < dim; first += chunk) {
-        const int64_t last = smaller(first + chunk, dim);
-        Floats sums[panel_rows][panel_vectors] = {};
-        for (int64_t k = first; k < last; ++k) {
-            Floats column[panel_vectors];
-#pragma GCC unroll 4
-            for (int j = 0; j < panel_vectors; ++j) {
-                column[j] = *reinterpret_cast<const Floats*>(columns + k * panel_columns + j * float_width);
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < panel_rows; ++i) {
-                const Floats row = rows[k * panel_rows + i] - Floats{};
-#pragma GCC unroll 4
-                for (int j = 0; j < panel_vectors; ++j) sums[i][j] = multiply_add(row, column[j], sums[i][j]);
-            }
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < panel_rows; ++i) {
-#pragma GCC unroll 4
-            for (int j = 0; j < panel_vectors; ++j) {
-                Floats* out = reinterpret_cast<Floats*>(product + i * stride + j * float_width);
-                *out = first == 0 ? sums[i][j] : *out + sums[i][j];
-            }
-        }
-    }
-}
 
 // ---- the error bound ----
 
@@ -199,15 +146,8 @@ int32_t float_bits(float value) {
 
 template <Metric metric>
 double exact_distance(const Sides& sides, const Scratch& scratch, double query_norm, const Tile& tile, int64_t j) {
-    const Matrix& gallery = sides.gallery;
-    double total;
-    if (gallery.dtype == DType::float32 && gallery.column_stride == 1) {
-        const float* values = static_cast<const float*>(gallery.data) + tile.items[j] * gallery.row_stride;
-        total = sum<metric>(scratch.query_row, values, sides.dim);
-    } else {
-        load_row(gallery, sides.read, tile.items[j], scratch.row);
-        total = sum<metric>(scratch.query_row, scratch.row, sides.padded);
-    }
+    const double total =
+        sum_with_row<metric>(scratch.query_row, sides.gallery, sides.read, tile.items[j], scratch.row);
     return metric == Metric::cosine ? cosine_distance(total, query_norm, tile.packed.norms[j]) : total;
 }
 
@@ -434,7 +374,7 @@ template <Metric metric>
 void count_all(const Sides& sides) {
     const Filter& filter = sides.filter;
     const int64_t block_rows = round_to(smaller(filter.block_rows, sides.query.rows), panel_rows);
-    const int64_t tile_rows = round_to(filter.tile_rows, panel_columns);
+    const int64_t tile_rows = round_to(filter.tile_rows, tile_columns);
     const int exponent = scaled_exponent(metric, filter.scale);
     const double unit = __builtin_ldexp(1.0, exponent);
     const int32_t lowest = lowest_float_bin(sides.bins, exponent);
@@ -467,11 +407,11 @@ void count_all(const Sides& sides) {
 #pragma omp single
                 fill_tile(sides, tile_rows, item, tile);
                 if (tile.count == 0) break;
-                const int64_t tile_panels = (tile.count + panel_columns - 1) / panel_columns;
+                const int64_t tile_panels = (tile.count + tile_columns - 1) / tile_columns;
 #pragma omp for schedule(dynamic)
                 for (int64_t panel = 0; panel < tile_panels; ++panel) {
-                    const int64_t position = panel * panel_columns, count = smaller(panel_columns, tile.count - position);
-                    pack_panel<metric>(sides, sides.gallery, tile.items + position, 0, count, panel_columns, position,
+                    const int64_t position = panel * tile_columns, count = smaller(tile_columns, tile.count - position);
+                    pack_panel<metric>(sides, sides.gallery, tile.items + position, 0, count, tile_columns, position,
                                        tile.packed, scratch.row);
                 }
                 const Counter<metric> counter{sides, tile, scratch, queries, unit, lowest};
@@ -480,11 +420,14 @@ void count_all(const Sides& sides) {
                     const int64_t first_panel = task * task_panels, last_panel = smaller(first_panel + task_panels, panels);
                     for (int64_t column = 0; column < tile_panels; ++column) {
                         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-                            multiply_panels(queries.panels + panel * panel_rows * sides.dim,
-                                            tile.packed.panels + column * panel_columns * sides.dim, sides.dim,
-                                            scratch.product + (panel - first_panel) * panel_rows * tile_rows +
-                                                column * panel_columns,
-                                            tile_rows);
+                            const float* rows = queries.panels + panel * panel_rows * sides.dim;
+                            const float* columns = tile.packed.panels + column * tile_columns * sides.dim;
+                            float* product = scratch.product + (panel - first_panel) * panel_rows * tile_rows;
+                            for (int64_t k = 0; k < sides.dim; k += chunk) {
+                                multiply_panels<true>(rows + k * panel_rows, columns + k * tile_columns,
+                                                      smaller(chunk, sides.dim - k), product + column * tile_columns,
+                                                      tile_rows, k > 0);
+                            }
                         }
                     }
                     const int64_t first = first_panel * panel_rows, last = smaller(last_panel * panel_rows, num_queries);
@@ -504,8 +447,8 @@ void count_all(const Sides& sides) {
 int64_t count_workspace(int64_t dim, int64_t block_rows, int64_t tile_rows, int64_t num_bins, int threads) {
     Arena shared{nullptr}, own{nullptr};
     take_packed(shared, round_to(block_rows, panel_rows), dim);
-    take_tile(shared, round_to(tile_rows, panel_columns), dim);
-    take_scratch(own, round_to(tile_rows, panel_columns), dim, num_bins);
+    take_tile(shared, round_to(tile_rows, tile_columns), dim);
+    take_scratch(own, round_to(tile_rows, tile_columns), dim, num_bins);
     return shared.used + threads * own.used;
 }
 

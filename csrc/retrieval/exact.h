@@ -130,11 +130,47 @@ double sum(const double* query, const T* gallery, int64_t dim) {
     return lanes[0];
 }
 
+// The same of a padded row and a row of a matrix; `scratch` takes what must be read as double first.
+template <Metric metric>
+double sum_with_row(const double* query, const Matrix& matrix, ReadRow* read, int64_t row, double* scratch) {
+    if (matrix.dtype == DType::float32 && matrix.column_stride == 1) {
+        const float* values = static_cast<const float*>(matrix.data) + row * matrix.row_stride;
+        return sum<metric>(query, values, matrix.columns);
+    }
+    load_row(matrix, read, row, scratch);
+    return sum<metric>(query, scratch, padded_dim(matrix.columns));
+}
+
 [[maybe_unused]] double norm(const double* row, int64_t padded) { return __builtin_sqrt(sum<Metric::cosine>(row, row, padded)); }
 
 [[maybe_unused]] double cosine_distance(double dot, double query_norm, double gallery_norm) {
     return 1.0 - dot / (query_norm * gallery_norm);
 }
+
+// The distances of one query after the other to rows of a gallery. `rows` has room for two padded rows.
+struct ExactDistances {
+    const Matrix& query;
+    const Matrix& gallery;
+    Metric metric;
+    double* rows;
+    ReadRow* read = row_reader(query.dtype);
+    int64_t padded = padded_dim(query.columns);
+    double query_norm = 0.0;
+
+    void load_query(int64_t row) {
+        load_row(query, read, row, rows);
+        if (metric == Metric::cosine) query_norm = norm(rows, padded);
+    }
+
+    double operator()(int64_t item) const {
+        double* const row = rows + padded;
+        if (metric == Metric::squared_euclidean) {
+            return sum_with_row<Metric::squared_euclidean>(rows, gallery, read, item, row);
+        }
+        load_row(gallery, read, item, row);
+        return cosine_distance(sum<Metric::cosine>(rows, row, padded), query_norm, norm(row, padded));
+    }
+};
 
 }  // namespace
 }  // namespace SABMN_ISA

@@ -1,72 +1,238 @@
-// Most entries of a tile are above what their row keeps: they are read once, a cache line at a time, and compared.
+// Most entries of a tile are above what their row keeps: they are read once and compared, a vector at a time. The others are
+// put behind those kept; a list that is full is cut down to the smallest, and its limit is then the largest of these.
 
 #include "retrieval/nearest.h"
+
+#include <omp.h>
+
+#include "retrieval/exact.h"
 
 namespace sabmn {
 namespace SABMN_ISA {
 namespace {
 
-constexpr std::int64_t run = 64;  // entries compared at once
+constexpr std::int64_t run = 16;             // entries compared at once
+constexpr std::int64_t most_columns = 256;  // of a tile, that one thread takes at a time
 
-// A row's heap, the largest value first.
-struct Heap {
+// Bit j: sign · entries[j] ≤ limits[j] − offset.
+std::uint32_t not_above(const float* entries, const float* limits, float offset, float sign) {
+#if defined(__AVX512F__)
+    const __m512 limit = _mm512_sub_ps(_mm512_loadu_ps(limits), _mm512_set1_ps(offset));
+    return _mm512_cmp_ps_mask(_mm512_mul_ps(_mm512_loadu_ps(entries), _mm512_set1_ps(sign)), limit, _CMP_LE_OQ);
+#elif defined(__AVX2__)
+    std::uint32_t bits = 0;
+    for (int half = 0; half < 2; ++half) {
+        const __m256 limit = _mm256_sub_ps(_mm256_loadu_ps(limits + 8 * half), _mm256_set1_ps(offset));
+        const __m256 entry = _mm256_mul_ps(_mm256_loadu_ps(entries + 8 * half), _mm256_set1_ps(sign));
+        bits |= static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(entry, limit, _CMP_LE_OQ))) << (8 * half);
+    }
+    return bits;
+#else
+    std::uint32_t bits = 0;
+    for (std::int64_t j = 0; j < run; ++j) {
+        bits |= static_cast<std::uint32_t>(sign * entries[j] <= limits[j] - offset) << j;
+    }
+    return bits;
+#endif
+}
+
+double magnitude(double x) { return x < 0 ? -x : x; }
+
+// Floats with which not_above misses nothing: their difference, as computed, is not below limit − offset.
+float raised(double limit) { return static_cast<float>(limit + magnitude(limit) * 0x1p-21 + 0x1p-120); }
+float lowered(double offset) { return static_cast<float>(offset - magnitude(offset) * 0x1p-21 - 0x1p-120); }
+
+// Values and their items, ordered by (value, item).
+struct Pairs {
     double* values;
     std::int64_t* items;
-    std::int64_t count;
 
-    void sink(std::int64_t place, double value, std::int64_t item) {
-        for (std::int64_t child; (child = 2 * place + 1) < count; place = child) {
-            if (child + 1 < count && values[child + 1] > values[child]) ++child;
-            if (values[child] <= value) break;
-            values[place] = values[child], items[place] = items[child];
-        }
-        values[place] = value, items[place] = item;
+    bool before(std::int64_t i, double value, std::int64_t item) const {
+        return values[i] < value || (values[i] == value && items[i] < item);
+    }
+    bool after(std::int64_t i, double value, std::int64_t item) const {
+        return value < values[i] || (value == values[i] && item < items[i]);
     }
 
-    void build() {
-        for (std::int64_t place = count / 2 - 1; place >= 0; --place) sink(place, values[place], items[place]);
+    // Parts low … high around its middle pair: then low … j are not after i … high, and what is between is in its place.
+    void part(std::int64_t low, std::int64_t high, std::int64_t& i, std::int64_t& j) const {
+        const double pivot = values[low + (high - low) / 2];
+        const std::int64_t item = items[low + (high - low) / 2];
+        for (i = low, j = high; i <= j;) {
+            while (before(i, pivot, item)) ++i;
+            while (after(j, pivot, item)) --j;
+            if (i > j) break;
+            put(i++, j--);
+        }
+    }
+
+    void put(std::int64_t i, std::int64_t j) const {
+        const double value = values[i];
+        const std::int64_t item = items[i];
+        values[i] = values[j], items[i] = items[j];
+        values[j] = value, items[j] = item;
+    }
+
+    // The first `count` of `size` come first, the last of them in its place.
+    void select(std::int64_t count, std::int64_t size) const {
+        const std::int64_t last = count - 1;
+        for (std::int64_t low = 0, high = size - 1, i, j; low < high;) {
+            part(low, high, i, j);
+            if (last <= j) {
+                high = j;
+            } else if (last >= i) {
+                low = i;
+            } else {
+                break;
+            }
+        }
+    }
+
+    void sort(std::int64_t low, std::int64_t high) const {
+        while (high - low > 16) {
+            std::int64_t i, j;
+            part(low, high, i, j);
+            if (j - low < high - i) {  // the shorter part first: the depth is a logarithm
+                sort(low, j);
+                low = i;
+            } else {
+                sort(i, high);
+                high = j;
+            }
+        }
+        for (std::int64_t i = low + 1; i <= high; ++i) {
+            const double value = values[i];
+            const std::int64_t item = items[i];
+            std::int64_t place = i;
+            for (; place > low && after(place - 1, value, item); --place) {
+                values[place] = values[place - 1], items[place] = items[place - 1];
+            }
+            values[place] = value, items[place] = item;
+        }
     }
 };
 
-// The least float that is not below x.
-float at_least(double x) {
-    const float nearest = static_cast<float>(x);
-    return nearest < x ? __builtin_nextafterf(nearest, __builtin_inff()) : nearest;
-}
+struct List {
+    double* values;
+    std::int64_t* items;
+    double& limit;
+    std::int64_t& filled;
+    std::int64_t count, room;
 
-void keep_row(Heap heap, std::int64_t filled, const float* entries, double offset, const Tile& tile) {
-    const float sign = static_cast<float>(tile.sign);
-    std::int64_t column = 0;
-    for (; filled < heap.count && column < tile.columns; ++filled, ++column) {
-        heap.values[filled] = static_cast<double>(sign * entries[column]) + offset;
-        heap.items[filled] = tile.first_item + column;
-        if (filled + 1 == heap.count) heap.build();
+    void settle() {
+        Pairs{values, items}.select(count, filled);
+        filled = count;
+        limit = values[count - 1];
     }
-    // What is above this is above the heap's largest, the offset added.
-    float limit = at_least(heap.values[0] - offset);
-    for (; column < tile.columns; column += run) {
-        const std::int64_t last = column + run < tile.columns ? column + run : tile.columns;
-        int below = 0;
-        for (std::int64_t j = column; j < last; ++j) below |= sign * entries[j] <= limit;
-        if (!below) continue;
-        for (std::int64_t j = column; j < last; ++j) {
-            if (!(sign * entries[j] <= limit)) continue;
-            const double value = static_cast<double>(sign * entries[j]) + offset;
-            if (value >= heap.values[0]) continue;
-            heap.sink(0, value, tile.first_item + j);
-            limit = at_least(heap.values[0] - offset);
-        }
+
+    // Whether the limit is another one now.
+    bool add(double value, std::int64_t item) {
+        if (value >= limit) return false;
+        values[filled] = value, items[filled] = item;
+        if (++filled < room) return false;
+        settle();
+        return true;
     }
+};
+
+List list_of(const Kept& kept, std::int64_t row) {
+    const std::int64_t at = row * kept.room;
+    return {kept.values + at, kept.items + at, kept.limits[row], kept.filled[row], kept.count, kept.room};
 }
 
 }  // namespace
 
-int keep_smallest(const Kept& kept, const Tile& tile, int threads) {
+int keep_smallest_of_rows(const Kept& kept, const Tile& tile, int threads) {
+    const float sign = static_cast<float>(tile.sign);
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (std::int64_t row = 0; row < kept.rows; ++row) {
-        const std::int64_t at = row * kept.count;
-        keep_row({kept.values + at, kept.items + at, kept.count}, kept.filled, tile.entries + row * tile.columns,
-                 tile.offsets[row], tile);
+        List list = list_of(kept, row);
+        const float* entries = tile.entries + row * tile.columns;
+        const double offset = tile.offsets[row];
+        float limits[run];
+        const auto set_limits = [&] {
+            for (float& limit : limits) limit = raised(list.limit) - lowered(offset);
+        };
+        const auto add = [&](std::int64_t column) {
+            const double value = static_cast<double>(sign * entries[column]) + offset;
+            if (list.add(value, tile.first_item + column)) set_limits();
+        };
+        set_limits();
+        std::int64_t column = 0;
+        for (; column + run <= tile.columns; column += run) {
+            for (std::uint32_t bits = not_above(entries + column, limits, 0.0f, sign); bits != 0; bits &= bits - 1) {
+                add(column + __builtin_ctz(bits));
+            }
+        }
+        for (; column < tile.columns; ++column) add(column);
+    }
+    return ok;
+}
+
+int keep_smallest_of_columns(const Kept& kept, const Tile& tile, int threads) {
+    const float sign = static_cast<float>(tile.sign);
+    const std::int64_t share = (tile.columns / (2 * threads) + run) / run * run;
+    const std::int64_t strip = share < most_columns ? share : most_columns;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (std::int64_t first = 0; first < tile.columns; first += strip) {
+        const std::int64_t count = first + strip <= tile.columns ? strip : tile.columns - first;
+        float limits[most_columns];
+        for (std::int64_t j = 0; j < count; ++j) limits[j] = raised(kept.limits[first + j]);
+        for (std::int64_t row = 0; row < tile.rows; ++row) {
+            const float* entries = tile.entries + row * tile.columns + first;
+            const double offset = tile.offsets[row];
+            const float low_offset = lowered(offset);
+            const auto add = [&](std::int64_t j) {
+                List list = list_of(kept, first + j);
+                const double value = static_cast<double>(sign * entries[j]) + offset;
+                if (list.add(value, tile.first_item + row)) limits[j] = raised(list.limit);
+            };
+            std::int64_t column = 0;
+            for (; column + run <= count; column += run) {
+                std::uint32_t bits = not_above(entries + column, limits + column, low_offset, sign);
+                for (; bits != 0; bits &= bits - 1) add(column + __builtin_ctz(bits));
+            }
+            for (; column < count; ++column) add(column);
+        }
+    }
+    return ok;
+}
+
+int settle_smallest(const Kept& kept, int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
+    for (std::int64_t row = 0; row < kept.rows; ++row) {
+        if (kept.filled[row] > kept.count) list_of(kept, row).settle();
+    }
+    return ok;
+}
+
+int rank_kept(const Kept& kept, const Matrix& query, const Matrix& gallery, Metric metric, double sign, double slack,
+              std::int64_t k, double* distances, std::int64_t* items, double* workspace, int threads) {
+    if (row_reader(query.dtype) == nullptr) return unsupported_dtype;
+#pragma omp parallel num_threads(threads)
+    {
+        double* const rows = workspace + omp_get_thread_num() * 2 * padded_dim(query.columns);
+        ExactDistances exact{query, gallery, metric, rows};
+#pragma omp for schedule(dynamic, 4)
+        for (std::int64_t row = 0; row < kept.rows; ++row) {
+            const Pairs pairs = {kept.values + row * kept.room, kept.items + row * kept.room};
+            const std::int64_t filled = kept.filled[row];
+            pairs.select(k, filled);
+            const double limit = pairs.values[k - 1] + slack;
+            exact.load_query(row);
+            std::int64_t count = 0;
+            for (std::int64_t i = 0; i < filled; ++i) {
+                if (pairs.values[i] > limit) continue;
+                const std::int64_t item = pairs.items[i];
+                pairs.values[count] = sign * exact(item), pairs.items[count] = item;
+                ++count;
+            }
+            pairs.select(k, count);
+            pairs.sort(0, k - 1);
+            for (std::int64_t i = 0; i < k; ++i) {
+                distances[row * k + i] = pairs.values[i], items[row * k + i] = pairs.items[i];
+            }
+        }
     }
     return ok;
 }

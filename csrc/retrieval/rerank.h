@@ -40,10 +40,11 @@ SABMN_FOR_EACH_ISA(
     int mean_of_rows(const SparseRows& rows, const Neighbors& neighbors, int64_t k, const SparseOutput& output,
                      double* workspace, int threads);
     // distances[q][g] = (1 − λ) (1 − m / (2 − m)) + λ d / largest[q], where m = Σ_c min(query_rows[q][c], columns[c][g]) and
-    // d is the exact distance of exact.h. A `chunk` of queries passes the gallery at a time.
-    int64_t reranked_workspace(int64_t dim, int64_t gallery_rows, int64_t chunk, int threads);  // in doubles
-    int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric, const double* largest,
-                           const SparseRows& query_rows, const SparseRows& columns, double lambda, int64_t chunk,
+    // d is the distance of the features less `center` [columns]: of float64 features, or such that q − center has at most 24
+    // significant bits.
+    int64_t reranked_workspace(int64_t dim, int64_t query_rows, int threads);  // in doubles
+    int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric, const double* center,
+                           const double* largest, const SparseRows& query_rows, const SparseRows& columns, double lambda,
                            double* distances, double* workspace, int threads);)
 
 }  // namespace sabmn

@@ -4,17 +4,16 @@
 
 #include <omp.h>
 
-#include "retrieval/exact.h"
+#include "retrieval/product.h"
 
 namespace sabmn {
 namespace SABMN_ISA {
 namespace {
 
 bool contains(const int64_t* items, int64_t count, int64_t item) {
-    for (int64_t i = 0; i < count; ++i) {
-        if (items[i] == item) return true;
-    }
-    return false;
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found |= items[i] == item;  // without a way out: a vector at a time
+    return found != 0;
 }
 
 // The place of the first entry that is not below `item`.
@@ -106,134 +105,134 @@ int mean_of_rows(const SparseRows& rows, const Neighbors& neighbors, int64_t k, 
     return ok;
 }
 
+// ---- distances ----
+//
+// d = ‖a‖² + ‖b‖² − 2 a·b in double, or 1 − cos. Features of at most 24 significant bits, less the caller's center, keep at most
+// 24: then each product of two is exact in double, a fused multiply-add has the bits of an addition, and the sums, one term
+// after the other in chunks, have the same bits from every instruction set. float64 features get no fused multiply-add.
+
 namespace {
 
-constexpr int64_t tile_rows = 32;  // of the gallery, as double: with a chunk of queries in the second-level cache
+constexpr int64_t chunk = 256;  // features: a chunk of a panel of queries stays in the first-level cache
+constexpr int gallery_panel = panel_columns<double>;
+constexpr int64_t tile_rows = 64 / gallery_panel * gallery_panel;  // of the gallery: with the rest in the second-level cache
+constexpr int64_t group_panels = 8;                                // of queries, whose products with a tile are made together
 
-// The sums of exact.h, several at a time: as many as stay in registers, since one alone waits for its own additions, and for
-// two queries where there is room, since each row of the gallery then leaves the second-level cache half as often.
-constexpr int group_queries = parts == 2 ? 2 : 1, group_rows = 8 / parts;
-
-template <Metric metric>
-void group_of_sums(const double* query, const double* gallery, int64_t padded, double (*out)[group_rows]) {
-    Doubles sums[group_queries][group_rows][parts] = {};
-    for (int64_t k = 0; k < padded; k += num_lanes) {
-#pragma GCC unroll 8
-        for (int part = 0; part < parts; ++part) {
-            Doubles q[group_queries];
-#pragma GCC unroll 2
-            for (int i = 0; i < group_queries; ++i) q[i] = load(query + i * padded + k + part * double_width);
-#pragma GCC unroll 4
-            for (int j = 0; j < group_rows; ++j) {
-                const Doubles g = load(gallery + j * padded + k + part * double_width);
-#pragma GCC unroll 2
-                for (int i = 0; i < group_queries; ++i) {
-                    const Doubles difference = q[i] - g;
-                    sums[i][j][part] += metric == Metric::cosine ? q[i] * g : difference * difference;
-                }
+// The rows first … first + count − 1 of a matrix less `center`, packed feature by feature, filled up with zeros; and their
+// squared lengths.
+template <int panel>
+void pack_panel(const Matrix& matrix, ReadRow* read, const double* center, int64_t first, int64_t count, double* out,
+                double* squares) {
+    double totals[panel] = {};
+    for (int64_t begin = 0; begin < matrix.columns; begin += chunk) {
+        const int64_t size = smaller(chunk, matrix.columns - begin);
+        double* const block = out + begin * panel;
+        for (int64_t i = 0; i < panel; ++i) {
+            double values[chunk] = {};
+            if (i < count) {
+                read(matrix, first + i, begin, size, values);
+                for (int64_t k = 0; k < size; ++k) values[k] -= center[begin + k];
             }
+            for (int64_t k = 0; k < size; ++k) block[k * panel + i] = values[k];
         }
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < group_queries; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < group_rows; ++j) {
-            double lanes[num_lanes];
-#pragma GCC unroll 8
-            for (int part = 0; part < parts; ++part) {
-                *reinterpret_cast<Doubles*>(lanes + part * double_width) = sums[i][j][part];
-            }
-            for (int half = num_lanes / 2; half > 0; half /= 2) {
-                for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-            }
-            out[i][j] = lanes[0];
+        double sums[panel] = {};
+        for (int64_t k = 0; k < size; ++k) {
+            for (int i = 0; i < panel; ++i) sums[i] += block[k * panel + i] * block[k * panel + i];
         }
+        for (int i = 0; i < panel; ++i) totals[i] += sums[i];
     }
+    for (int i = 0; i < panel; ++i) squares[i] = totals[i];
 }
 
-struct Rows {
-    const double* values;  // [count rounded up to a whole group, padded]
-    const double* norms;
-    int64_t count;
-};
-
-template <Metric metric>
-void tile_of_distances(const Rows& query, const Rows& gallery, int64_t padded, double* out, int64_t stride) {
-    for (int64_t first_query = 0; first_query < query.count; first_query += group_queries) {
-        for (int64_t first_row = 0; first_row < gallery.count; first_row += group_rows) {
-            double sums[group_queries][group_rows];
-            group_of_sums<metric>(query.values + first_query * padded, gallery.values + first_row * padded, padded, sums);
-            for (int64_t i = first_query; i < smaller(first_query + group_queries, query.count); ++i) {
-                for (int64_t j = first_row; j < smaller(first_row + group_rows, gallery.count); ++j) {
-                    const double total = sums[i - first_query][j - first_row];
-                    out[i * stride + j] = metric == Metric::cosine
-                                              ? cosine_distance(total, query.norms[i], gallery.norms[j])
-                                              : total;
-                }
+// product[i][j] of some panels of queries with a tile of the gallery.
+template <bool fused>
+void multiply(const double* queries, int64_t query_panels, const double* tile, int64_t tile_panels, int64_t dim,
+              double* product) {
+    for (int64_t k = 0; k < dim; k += chunk) {
+        const int64_t depth = smaller(chunk, dim - k);
+        for (int64_t i = 0; i < query_panels; ++i) {
+            for (int64_t j = 0; j < tile_panels; ++j) {
+                multiply_panels<fused>(queries + (i * dim + k) * panel_rows, tile + (j * dim + k) * gallery_panel, depth,
+                                       product + i * panel_rows * tile_rows + j * gallery_panel, tile_rows, k > 0);
             }
         }
     }
 }
 
-// Whole groups, and whole cache lines of doubles: a vector that crosses two lines is loaded twice.
-int64_t whole_lines(int64_t count) { return (count + 7) / 8 * 8; }
+int64_t whole_panels(int64_t rows) { return (rows + panel_rows - 1) / panel_rows; }
 
-// Rows as double, and their norms.
-void load_rows(const Matrix& matrix, ReadRow* read, int64_t first, int64_t count, double* rows, double* norms) {
-    const int64_t padded = padded_dim(matrix.columns);
-    for (int64_t i = 0; i < count; ++i) {
-        load_row(matrix, read, first + i, rows + i * padded);
-        norms[i] = norm(rows + i * padded, padded);
+// m of one query with every gallery item.
+void shared_weights(const SparseRows& query_rows, int64_t query, const SparseRows& columns, double* shared, int64_t num_items) {
+    for (int64_t item = 0; item < num_items; ++item) shared[item] = 0.0;
+    for (int64_t entry = query_rows.offsets[query]; entry < query_rows.offsets[query + 1]; ++entry) {
+        const int64_t column = query_rows.columns[entry];
+        const double value = query_rows.values[entry];
+        for (int64_t other = columns.offsets[column]; other < columns.offsets[column + 1]; ++other) {
+            const double theirs = columns.values[other];
+            shared[columns.columns[other]] += value < theirs ? value : theirs;
+        }
+    }
+}
+
+// From m to the new distances, in place.
+template <Metric metric>
+void mix(const double* products, double query_square, const double* squares, int64_t count, double lambda, double scale,
+         double* out) {
+    for (int64_t j = 0; j < count; ++j) {
+        const double distance = metric == Metric::cosine
+                                    ? cosine_distance(products[j], __builtin_sqrt(query_square), __builtin_sqrt(squares[j]))
+                                    : (query_square + squares[j]) - 2.0 * products[j];
+        out[j] = (1.0 - lambda) * (1.0 - out[j] / (2.0 - out[j])) + scale * distance;
     }
 }
 
 }  // namespace
 
-int64_t reranked_workspace(int64_t dim, int64_t gallery_rows, int64_t chunk, int threads) {
-    return threads * ((whole_lines(chunk) + tile_rows) * (padded_dim(dim) + 1) + whole_lines(gallery_rows));
+int64_t reranked_workspace(int64_t dim, int64_t query_rows, int threads) {
+    return threads * tile_rows * (dim + 1 + group_panels * panel_rows) + whole_panels(query_rows) * panel_rows * (dim + 1);
 }
 
-int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric, const double* largest,
-                       const SparseRows& query_rows, const SparseRows& columns, double lambda, int64_t chunk,
-                       double* distances, double* workspace, int threads) {
+int reranked_distances(const Matrix& query, const Matrix& gallery, Metric metric, const double* center, const double* largest,
+                       const SparseRows& query_rows, const SparseRows& columns, double lambda, double* distances,
+                       double* workspace, int threads) {
     ReadRow* read = row_reader(query.dtype);
     if (read == nullptr) return unsupported_dtype;
-    const int64_t padded = padded_dim(query.columns), num_items = gallery.rows, chunk_rows = whole_lines(chunk);
-    const auto tile_distances = metric == Metric::cosine ? tile_of_distances<Metric::cosine>
-                                                         : tile_of_distances<Metric::squared_euclidean>;
+    const int64_t dim = query.columns, num_items = gallery.rows, num_panels = whole_panels(query.rows);
+    const auto multiply_with = query.dtype == DType::float64 ? multiply<false> : multiply<true>;
+    const auto mix_row = metric == Metric::cosine ? mix<Metric::cosine> : mix<Metric::squared_euclidean>;
+    const int64_t own_size = tile_rows * (dim + 1 + group_panels * panel_rows);
+    double* const queries = workspace + threads * own_size;
+    double* const query_squares = queries + num_panels * panel_rows * dim;
 #pragma omp parallel num_threads(threads)
     {
-        double* shared = workspace + omp_get_thread_num() * reranked_workspace(query.columns, num_items, chunk, 1);
-        double* query_norms = shared + whole_lines(num_items);
-        double* tile_norms = query_norms + chunk_rows;
-        double* query_values = tile_norms + tile_rows;
-        double* tile_values = query_values + chunk_rows * padded;
-        // Rows that only fill up a group are computed, and must hold numbers.
-        for (int64_t i = 0; i < (chunk_rows + tile_rows) * padded; ++i) query_values[i] = 0.0;
+        double* const tile = workspace + omp_get_thread_num() * own_size;
+        double* const squares = tile + tile_rows * dim;
+        double* const product = squares + tile_rows;
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t panel = 0; panel < num_panels; ++panel) {
+            const int64_t first = panel * panel_rows;
+            pack_panel<panel_rows>(query, read, center, first, smaller(panel_rows, query.rows - first), queries + first * dim,
+                                   query_squares + first);
+        }
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < query.rows; first += chunk) {
-            const int64_t num_queries = smaller(chunk, query.rows - first);
-            load_rows(query, read, first, num_queries, query_values, query_norms);
-            for (int64_t tile = 0; tile < num_items; tile += tile_rows) {
-                const int64_t count = smaller(tile_rows, num_items - tile);
-                load_rows(gallery, read, tile, count, tile_values, tile_norms);
-                tile_distances({query_values, query_norms, num_queries}, {tile_values, tile_norms, count}, padded,
-                               distances + first * num_items + tile, num_items);
+        for (int64_t i = 0; i < query.rows; ++i) {
+            shared_weights(query_rows, i, columns, distances + i * num_items, num_items);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t first = 0; first < num_items; first += tile_rows) {
+            const int64_t count = smaller(tile_rows, num_items - first);
+            const int64_t tile_panels = (count + gallery_panel - 1) / gallery_panel;
+            for (int64_t j = 0; j < tile_panels * gallery_panel; j += gallery_panel) {
+                pack_panel<gallery_panel>(gallery, read, center, first + j, smaller(gallery_panel, count - j), tile + j * dim,
+                                          squares + j);
             }
-            for (int64_t i = first; i < first + num_queries; ++i) {
-                for (int64_t item = 0; item < num_items; ++item) shared[item] = 0.0;
-                for (int64_t entry = query_rows.offsets[i]; entry < query_rows.offsets[i + 1]; ++entry) {
-                    const int64_t column = query_rows.columns[entry];
-                    const double value = query_rows.values[entry];
-                    for (int64_t other = columns.offsets[column]; other < columns.offsets[column + 1]; ++other) {
-                        const double theirs = columns.values[other];
-                        shared[columns.columns[other]] += value < theirs ? value : theirs;
-                    }
-                }
-                double* out = distances + i * num_items;
-                const double scale = largest[i] > 0.0 ? lambda / largest[i] : 0.0;
-                for (int64_t item = 0; item < num_items; ++item) {
-                    out[item] = (1.0 - lambda) * (1.0 - shared[item] / (2.0 - shared[item])) + scale * out[item];
+            for (int64_t panel = 0; panel < num_panels; panel += group_panels) {
+                const int64_t begin = panel * panel_rows, panels = smaller(group_panels, num_panels - panel);
+                multiply_with(queries + begin * dim, panels, tile, tile_panels, dim, product);
+                for (int64_t i = begin; i < smaller(begin + panels * panel_rows, query.rows); ++i) {
+                    const double scale = largest[i] > 0.0 ? lambda / largest[i] : 0.0;
+                    mix_row(product + (i - begin) * tile_rows, query_squares[i], squares, count, lambda, scale,
+                            distances + i * num_items + first);
                 }
             }
         }

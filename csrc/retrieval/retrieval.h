@@ -67,7 +67,8 @@ SABMN_FOR_EACH_ISA(
     int64_t count_workspace(int64_t dim, int64_t block_rows, int64_t tile_rows, int64_t num_bins, int threads);
     int count_nonmatches(const Matrix& query, const Matrix& gallery, const Labels& labels, const Matches& matches,
                          Metric metric, const Bins& bins, const Filter& filter);
+    // Workspace: for each thread bins.count + 1 numbers.
     int count_nonmatches_in_rows(const Matrix& rows, const Labels& labels, const Matches& matches, const Bins& bins,
-                                 int threads);)
+                                 int64_t* workspace, int threads);)
 
 }  // namespace sabmn

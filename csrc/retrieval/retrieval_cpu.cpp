@@ -22,63 +22,69 @@ int squared_norms(const Matrix& features, double* norms, double* workspace, int 
 
 int pair_distances(const Matrix& query, const Matrix& gallery, const int64_t* query_indices, const int64_t* gallery_indices,
                    int64_t num_pairs, Metric metric, double* distances, double* workspace, int threads) {
-    ReadRow* read = row_reader(query.dtype);
-    if (read == nullptr) return unsupported_dtype;
-    const int64_t padded = padded_dim(query.columns);
+    if (row_reader(query.dtype) == nullptr) return unsupported_dtype;
 #pragma omp parallel num_threads(threads)
     {
-        double* query_row = workspace + omp_get_thread_num() * 2 * padded;
-        double* gallery_row = query_row + padded;
-        double query_norm = 0.0;
+        double* const rows = workspace + omp_get_thread_num() * 2 * padded_dim(query.columns);
+        ExactDistances exact{query, gallery, metric, rows};
         int64_t loaded = -1;
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < num_pairs; ++pair) {
-            if (query_indices[pair] != loaded) {
-                loaded = query_indices[pair];
-                load_row(query, read, loaded, query_row);
-                if (metric == Metric::cosine) query_norm = norm(query_row, padded);
-            }
-            load_row(gallery, read, gallery_indices[pair], gallery_row);
-            distances[pair] = metric == Metric::cosine
-                                  ? cosine_distance(sum<Metric::cosine>(query_row, gallery_row, padded), query_norm,
-                                                    norm(gallery_row, padded))
-                                  : sum<Metric::squared_euclidean>(query_row, gallery_row, padded);
+            if (query_indices[pair] != loaded) exact.load_query(loaded = query_indices[pair]);
+            distances[pair] = exact(gallery_indices[pair]);
         }
     }
     return ok;
 }
 
 int count_nonmatches_in_rows(const Matrix& rows, const Labels& labels, const Matches& matches, const Bins& bins,
-                             int threads) {
+                             int64_t* workspace, int threads) {
     ReadRow* read = row_reader(rows.dtype);
     if (read == nullptr) return unsupported_dtype;
-#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
-    for (int64_t query = 0; query < rows.rows; ++query) {
-        const int64_t begin = matches.offsets[query], num_matches = matches.offsets[query + 1] - begin;
-        const double* thresholds = matches.distances + begin;
-        int64_t* counts = matches.counts + begin;
-        for (int64_t m = 0; m < num_matches; ++m) counts[m] = 0;
-        const int32_t pid = labels.query_pids[query];
-        if (pid == -1) continue;
-        constexpr int64_t chunk = 1024;
-        double distances[chunk];
-        for (int64_t first = 0; first < rows.columns; first += chunk) {
-            const int64_t count = smaller(chunk, rows.columns - first);
-            read(rows, query, first, count, distances);
-            for (int64_t j = 0; j < count; ++j) {
-                const int64_t item = first + j;
-                if (labels.gallery_pids[item] == pid || labels.gallery_pids[item] == -1) continue;
-                if (labels.query_camids == nullptr || labels.gallery_camids[item] != labels.query_camids[query]) {
-#pragma omp atomic
-                    ++bins.counts[bin_of(distances[j], bins)];
+#pragma omp parallel num_threads(threads)
+    {
+        // Each thread's own; the last bin takes what is not counted.
+        int64_t* const histogram = workspace + omp_get_thread_num() * (bins.count + 1);
+        for (int64_t bin = 0; bin <= bins.count; ++bin) histogram[bin] = 0;
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t query = 0; query < rows.rows; ++query) {
+            const int64_t begin = matches.offsets[query], num_matches = matches.offsets[query + 1] - begin;
+            const double* thresholds = matches.distances + begin;
+            int64_t* counts = matches.counts + begin;
+            for (int64_t m = 0; m < num_matches; ++m) counts[m] = 0;
+            const int32_t pid = labels.query_pids[query];
+            if (pid == -1) continue;
+            constexpr int64_t chunk = 1024;
+            double distances[chunk];
+            int64_t bin[chunk];
+            for (int64_t first = 0; first < rows.columns; first += chunk) {
+                const int64_t count = smaller(chunk, rows.columns - first);
+                const int32_t* const pids = labels.gallery_pids + first;
+                const int32_t* const camids = labels.query_camids == nullptr ? nullptr : labels.gallery_camids + first;
+                read(rows, query, first, count, distances);
+                for (int64_t j = 0; j < count; ++j) {
+                    const int64_t found = bin_of(distances[j], bins);
+                    bin[j] = (pids[j] == pid) | (pids[j] == -1) ? bins.count : found;
                 }
-                if (num_matches == 0 || distances[j] > thresholds[num_matches - 1]) continue;
-                const int64_t before =
-                    matches_before(distances[j], labels.first + item, thresholds, matches.indices + begin, num_matches);
-                if (before < num_matches) ++counts[before];
+                for (int64_t j = 0; camids != nullptr && j < count; ++j) {
+                    bin[j] = camids[j] == labels.query_camids[query] ? bins.count : bin[j];
+                }
+                for (int64_t j = 0; j < count; ++j) ++histogram[bin[j]];
+                if (num_matches == 0) continue;
+                for (int64_t j = 0; j < count; ++j) {
+                    if (distances[j] > thresholds[num_matches - 1] || pids[j] == pid || pids[j] == -1) continue;
+                    const int64_t before = matches_before(distances[j], labels.first + first + j, thresholds,
+                                                          matches.indices + begin, num_matches);
+                    if (before < num_matches) ++counts[before];
+                }
             }
+            for (int64_t m = 1; m < num_matches; ++m) counts[m] += counts[m - 1];
         }
-        for (int64_t m = 1; m < num_matches; ++m) counts[m] += counts[m - 1];
+        const int64_t histograms = omp_get_num_threads();
+#pragma omp for
+        for (int64_t bin = 0; bin < bins.count; ++bin) {
+            for (int64_t i = 0; i < histograms; ++i) bins.counts[bin] += workspace[i * (bins.count + 1) + bin];
+        }
     }
     return ok;
 }

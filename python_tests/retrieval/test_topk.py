@@ -144,8 +144,10 @@ def test_the_bound_holds_for_the_products_own_worst_case() -> None:
     query, gallery = draw(4, 3000).abs(), draw(30, 3000).abs()
     largest = float(max(query.double().square().sum(1).max(), gallery.double().square().sum(1).max()))
     bound = search._Bound.of(query - 5, "euclidean", 4 * largest)
+    columns, lengths = bound.gallery_columns(query)
+    bound.to_query(columns, lengths)
     a, b = ((x.double() - bound.center) * 2.0**bound.scale for x in (query, gallery))
-    columns, tile = bound.query_columns(query)[0], bound.gallery_columns(gallery)[0]
+    tile = bound.gallery_columns(gallery)[0]
     product = torch.zeros(4, 30)
     for k in range(columns.shape[1]):
         product += columns[:, k, None] * tile[:, k]

@@ -70,10 +70,27 @@ def mean_of_rows(rows: SparseRows, neighbors: Tensor, k: int) -> SparseRows:
     return _two_passes(len(neighbors), fill, values=True)
 
 
+def exact_center(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
+    """[D] float64: what can be subtracted from both sides without any rounding, where that helps; else 0.
+
+    Feature by feature: with values of one sign, the largest at most twice the smallest, subtracting the smallest (in
+    magnitude) is exact (Sterbenz) and leaves no more significant bits than there were. All other features range over at
+    least half of the largest magnitude, and a quarter of that is at most the root of each item's largest distance. So,
+    this subtracted, no ‖a‖² is above 16 D times that distance, and ‖a‖² + ‖b‖² − 2 a·b in float64 has lost little.
+    """
+    low = torch.minimum(query.amin(dim=0), gallery.amin(dim=0)).double()
+    high = torch.maximum(query.amax(dim=0), gallery.amax(dim=0)).double()
+    zero = torch.zeros_like(low)
+    if metric == "cosine":
+        return zero
+    return torch.where((low > 0) & (high <= 2 * low), low, torch.where((high < 0) & (low >= 2 * high), high, zero))
+
+
 def reranked_distances(
     query: Tensor,
     gallery: Tensor,
     metric: str,
+    center: Tensor,
     largest: Tensor,
     query_rows: SparseRows,
     columns: SparseRows,
@@ -83,6 +100,7 @@ def reranked_distances(
 
     Args:
         query, gallery: [Q, D], [G, D] features in one dtype on the CPU.
+        center: ``exact_center`` of all queries and the gallery.
         largest: [Q] float64, what each query's distances are divided by; 0: the distances count as 0.
         query_rows: [Q, N] sparse.
         columns: the gallery's rows [G, N] by columns: [N, G] sparse.
@@ -93,19 +111,19 @@ def reranked_distances(
     module = _native.module
     assert module is not None
     threads = torch.get_num_threads()
-    chunk = min(32, -(-len(query) // threads))
     distances = torch.empty(len(query), len(gallery), dtype=torch.float64)
-    size = module.reranked_workspace(query.shape[1], len(gallery), chunk, threads)
-    workspace, largest = torch.empty(size, dtype=torch.float64), largest.contiguous()
+    size = module.reranked_workspace(query.shape[1], len(query), threads)
+    workspace = torch.empty(size, dtype=torch.float64)
+    center, largest = center.contiguous(), largest.contiguous()
     status = module.reranked_distances(
         _fields(query),
         _fields(gallery),
         METRICS.index(metric),
+        center.data_ptr(),
         largest.data_ptr(),
         tuple(tensor.data_ptr() for tensor in query_rows),
         tuple(tensor.data_ptr() for tensor in columns),
         lam,
-        chunk,
         distances.data_ptr(),
         workspace.data_ptr(),
         dispatch.DTYPE_CODES[query.dtype],

@@ -212,8 +212,9 @@ def _count_nonmatches(
     bin_fields = (*limits, histogram.data_ptr())
     code = dispatch.DTYPE_CODES[gallery.dtype]
     if query is None:
+        workspace = torch.empty(threads * (limits[2] + 1), dtype=torch.int64)
         status = _native.module.count_nonmatches_in_rows(
-            _fields(gallery), label_fields, match_fields, bin_fields, code, threads
+            _fields(gallery), label_fields, match_fields, bin_fields, workspace.data_ptr(), code, threads
         )
     else:
         dim = query.shape[1]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sabmn_ext.ops.rerank import SparseRows, mean_of_rows, reciprocal_neighbors, reranked_distances
+from sabmn_ext.ops.rerank import SparseRows, exact_center, mean_of_rows, reciprocal_neighbors, reranked_distances
 from sabmn_ext.retrieval.evaluation import evaluate_distances
 from sabmn_ext.retrieval.inputs import Array, as_labels, as_matrix, check_features
 from sabmn_ext.retrieval.result import RetrievalResult
@@ -52,6 +52,7 @@ class Reranked:
     ) -> None:
         self.shape = (len(query), len(gallery))
         self._features, self._metric, self._lambda = (query, gallery), metric, lambda_value
+        self._center = exact_center(query, gallery, metric)
         self._largest, self._query_rows, self._columns = largest, query_rows, columns
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -60,9 +61,8 @@ class Reranked:
         offsets, columns, values = self._query_rows
         begin, end = offsets[first], offsets[last]
         part = (offsets[first : last + 1] - begin).contiguous(), columns[begin:end], values[begin:end]
-        return reranked_distances(
-            query[first:last], gallery, self._metric, self._largest[first:last], part, self._columns, self._lambda
-        )
+        some, largest = query[first:last], self._largest[first:last]
+        return reranked_distances(some, gallery, self._metric, self._center, largest, part, self._columns, self._lambda)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Consecutive blocks of rows."""

@@ -31,7 +31,8 @@ from sabmn_ext.ops.reference import _sqrt
 from sabmn_ext.ops.retrieval import METRICS, distance_exponent
 from sabmn_ext.retrieval.inputs import Array, as_matrix, check_features
 
-_QUERY_ROWS, _TILE_ROWS = 2048, 4096
+_QUERY_ROWS, _TILE_ROWS = 2048, 2048
+_SQUARE_ROWS = 1024  # of both sides, where the queries are the gallery
 _BLOCK_ROWS = 256  # in float64 at a time
 _SPARE = 16  # candidates beyond those asked for, and an eighth of these
 _OPEN_PAIRS = 1 << 22  # at a time, where the lists are not certain
@@ -67,21 +68,25 @@ def topk(query: Array, gallery: Array, k: int, *, metric: str = "euclidean") -> 
 def neighbors(
     query: Array, gallery: Array, k: int, metric: str, *, farthest: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As ``topk``, with distances as they are ranked (Euclidean: squared); and [Q] the largest ones, if asked for."""
+    """As ``topk``, with distances as they are ranked (Euclidean: squared); and [Q] the largest ones, if asked for.
+
+    Where the queries are the gallery (the same object, on the CPU), the product of all pairs is symmetric: half of its
+    blocks are computed, and each serves the items of both its sides. An entry plus its query's part bounds the pair.
+    """
+    symmetric = query is gallery
     query, gallery = as_matrix("query", query), as_matrix("gallery", gallery)
     check_sides(query, gallery, metric)
     k = _check_k(k, len(gallery))
-    largest = max(check_features("query", query, metric, None), check_features("gallery", gallery, metric, None))
+    largest = check_features("query", query, metric, None)
+    if not symmetric:
+        largest = max(largest, check_features("gallery", gallery, metric, None))
     bound = _Bound.of(query, metric, largest)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        blocks = [_Block(rows, bound, k, farthest) for rows in query.split(_QUERY_ROWS)]
-        for first in range(0, len(gallery), _TILE_ROWS):
-            tile, longest = bound.gallery_columns(gallery[first : first + _TILE_ROWS])
-            for block in blocks:
-                block.add(tile, longest, first)
-        distances, indices = _refine(blocks, [block.nearest for block in blocks], gallery)
+        pass_all = _pass_halves if symmetric and query.device.type == "cpu" else _pass_tiles
+        blocks, longest = pass_all(query, gallery, bound, k, farthest)
+        distances, indices = _refine(blocks, [block.nearest for block in blocks], gallery, longest)
         last = [block.farthest for block in blocks if block.farthest]
-        return distances, indices, -_refine(blocks, last, gallery)[0][:, 0] if last else None
+        return distances, indices, -_refine(blocks, last, gallery, longest)[0][:, 0] if last else None
 
 
 def check_sides(query: Tensor, gallery: Tensor, metric: str) -> None:
@@ -157,8 +162,8 @@ class _Bound:
             spare * (16 * (dim + 2) * 2.0**-126 + dim * 2.0**-1074 * shift + 32 * sums * shift * (metric == "cosine")),
         )
 
-    def columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, D + 2] float32, the first D of them a; and ‖a‖ [rows] float64."""
+    def gallery_columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, D + 2] float32: b, ‖b‖², ‖b‖; and ‖b‖ [rows] float64."""
         dim, shift = features.shape[1], 2.0**self.scale
         columns = torch.empty(len(features), dim + 2, device=features.device)
         lengths = torch.empty(len(features), dtype=torch.float64, device=features.device)
@@ -167,22 +172,19 @@ class _Bound:
             rows = torch.add(-shift * self.center, _directions(features[some], self.metric), alpha=shift)
             columns[some, :dim] = rows
             lengths[some] = torch.linalg.vector_norm(rows, dim=1)
+        columns[:, -2] = lengths.square()
+        columns[:, -1] = lengths
         return columns, lengths
 
-    def query_columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, D + 2], and ‖a‖ [rows] float64."""
-        columns, lengths = self.columns(features)
+    def slack(self, longest: float) -> float:
+        """How far the bound of a pair, of what is at most ``longest``, can be below the exact distance."""
+        return (2 * (self.dot + self.square) + 8 * self.own) * longest**2 + 2 * self.absolute
+
+    def to_query(self, columns: Tensor, lengths: Tensor) -> None:
+        """What ``gallery_columns`` gave becomes −2a, 1 − κ, −β‖a‖, in place."""
         columns[:, :-2] *= -2
         columns[:, -2] = 1 - self.square - self.own
         columns[:, -1] = -self.dot * lengths
-        return columns, lengths
-
-    def gallery_columns(self, features: Tensor) -> tuple[Tensor, float]:
-        """[rows, D + 2], and the longest ‖b‖."""
-        columns, lengths = self.columns(features)
-        columns[:, -2] = lengths.square()
-        columns[:, -1] = lengths
-        return columns, float(lengths.max())
 
 
 class _Kept:
@@ -208,36 +210,68 @@ class _Block:
     """Some queries, and what is kept for them while the gallery passes by in tiles."""
 
     def __init__(self, query: Tensor, bound: _Bound, k: int, farthest: bool) -> None:
-        self.query = query
-        self.columns, self.lengths = bound.query_columns(query)  # [rows, D + 2], [rows]
+        self.query, self.bound = query, bound
+        self.columns, self.lengths = bound.gallery_columns(query)  # [rows, D + 2], [rows]
+        self.longest = float(self.lengths.max())
         self.nearest = _Kept(self.lengths, k, 1.0, bound)
         self.farthest = _Kept(self.lengths, 1, -1.0, bound) if farthest else None
 
-    def add(self, tile: Tensor, longest: float, first: int) -> None:
-        product = self.columns @ tile.T  # [rows, tile]
+    def to_query(self) -> None:
+        self.bound.to_query(self.columns, self.lengths)
+
+    def add(self, product: Tensor, lengths: Tensor, longest: float, first: int, *, transposed: bool = False) -> None:
+        """A product of queries of ``lengths`` and items up to ``longest``; transposed: the block holds the latter."""
         for kept in filter(None, (self.nearest, self.farthest)):
-            kept.smallest.add(product, kept.offset(self.lengths, longest), first)
+            kept.smallest.add(product, kept.offset(lengths, longest), first, transposed=transposed)
+
+
+def _pass_tiles(
+    query: Tensor, gallery: Tensor, bound: _Bound, k: int, farthest: bool
+) -> tuple[list[_Block], float]:
+    """The queries' blocks after the whole gallery has passed by, and the longest ‖a‖ or ‖b‖."""
+    blocks = [_Block(rows, bound, k, farthest) for rows in query.split(_QUERY_ROWS)]
+    longest = max(block.longest for block in blocks)
+    for block in blocks:
+        block.to_query()
+    for first in range(0, len(gallery), _TILE_ROWS):
+        tile, lengths = bound.gallery_columns(gallery[first : first + _TILE_ROWS])
+        tile_longest = float(lengths.max())
+        longest = max(longest, tile_longest)
+        for block in blocks:
+            block.add(block.columns @ tile.T, block.lengths, tile_longest, first)
+    return blocks, longest
+
+
+def _pass_halves(items: Tensor, _: Tensor, bound: _Bound, k: int, farthest: bool) -> tuple[list[_Block], float]:
+    """The same where the queries are the gallery."""
+    blocks = [_Block(rows, bound, k, farthest) for rows in items.split(_SQUARE_ROWS)]
+    for i, block in enumerate(blocks):
+        diagonal = block.columns.clone()
+        block.to_query()
+        for j, other in enumerate(blocks[i:], start=i):
+            product = block.columns @ (diagonal if other is block else other.columns).T
+            block.add(product, block.lengths, other.longest, j * _SQUARE_ROWS)
+            if other is not block:
+                other.add(product, block.lengths, other.longest, i * _SQUARE_ROWS, transposed=True)
+    return blocks, max(block.longest for block in blocks)
 
 
 # ---- refine ----
 
 
-def _distances(query: Tensor, gallery: Tensor, rows: Tensor, items: Tensor, kept: _Kept) -> Tensor:
-    return kept.sign * torch.ops.sabmn_ext.pair_distances(query, gallery, rows, items, kept.bound.metric, None)
-
-
-def _refine(blocks: list[_Block], kept: list[_Kept], gallery: Tensor) -> tuple[Tensor, Tensor]:
+def _refine(
+    blocks: list[_Block], kept: list[_Kept], gallery: Tensor, longest: float
+) -> tuple[Tensor, Tensor]:
     """What is asked for of all queries: signed distances [Q, k] and items [Q, k]."""
     found, open_rows = [], []
     for block, each in zip(blocks, kept, strict=True):
-        items = each.smallest.items.sort(dim=1).values  # [rows, count]
-        of_row = torch.arange(len(items), device=items.device).repeat_interleave(items.shape[1])
-        distances = _distances(block.query, gallery, of_row, items.flatten(), each).view_as(items)
-        distances, order = distances.sort(dim=1, stable=True)  # ties: the lower index
-        found.append((distances[:, : each.k].contiguous(), items.gather(1, order)[:, : each.k].contiguous()))
-        limits = found[-1][0][:, -1] * each.bound.unit
+        beyond = each.smallest.values.amax(dim=1)  # a bound of all that is not kept
+        slack = each.bound.slack(longest)
+        distances, items = each.smallest.rank(block.query, gallery, each.bound.metric, slack, each.k)
+        found.append((distances, items))
+        limits = distances[:, -1] * each.bound.unit
         # A shorter list than the gallery is certain if all that is not in it is farther.
-        is_open = (each.smallest.values.amax(dim=1) <= limits) & (items.shape[1] < len(gallery))
+        is_open = (beyond <= limits) & (each.smallest.values.shape[1] < len(gallery))
         few = is_open.nonzero()[:, 0]
         open_rows.append((few, block.query[few], block.columns[few], block.lengths[few], limits[few]))
     distances, items = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -257,10 +291,12 @@ def _refine_all(
     """The lists of some queries from every item whose bound does not exceed ``limits``; a limit is above k items."""
     parts = []
     for first in range(0, len(gallery), _TILE_ROWS):
-        tile, longest = kept.bound.gallery_columns(gallery[first : first + _TILE_ROWS])
-        below = kept.sign * (columns @ tile.T).double() + kept.offset(lengths, longest)[:, None] <= limits[:, None]
+        tile, tile_lengths = kept.bound.gallery_columns(gallery[first : first + _TILE_ROWS])
+        offsets = kept.offset(lengths, float(tile_lengths.max()))
+        below = kept.sign * (columns @ tile.T).double() + offsets[:, None] <= limits[:, None]
         rows, items = below.nonzero().T
-        parts.append((rows, items + first, _distances(query, gallery, rows, items + first, kept)))
+        pairs = torch.ops.sabmn_ext.pair_distances(query, gallery, rows, items + first, kept.bound.metric, None)
+        parts.append((rows, items + first, kept.sign * pairs))
     rows, items, distances = (torch.cat(part) for part in zip(*parts, strict=True))
     order = items.argsort()
     for key in (distances, rows):
