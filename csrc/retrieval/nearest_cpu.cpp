@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::int64_t run = 16;             // entries compared at once
 constexpr std::int64_t most_columns = 256;  // of a tile, that one thread takes at a time
+constexpr std::int64_t most_queries = 128, tile_bytes = 1 << 19;  // whose pairs are computed together
 
 // Bit j: sign · entries[j] ≤ limits[j] − offset.
 std::uint32_t not_above(const float* entries, const float* limits, float offset, float sign) {
@@ -42,16 +43,17 @@ double magnitude(double x) { return x < 0 ? -x : x; }
 float raised(double limit) { return static_cast<float>(limit + magnitude(limit) * 0x1p-21 + 0x1p-120); }
 float lowered(double offset) { return static_cast<float>(offset - magnitude(offset) * 0x1p-21 - 0x1p-120); }
 
-// Values and their items, ordered by (value, item).
+// Values and their items, ordered by (value, item), or by the value alone.
+template <bool by_item>
 struct Pairs {
     double* values;
     std::int64_t* items;
 
     bool before(std::int64_t i, double value, std::int64_t item) const {
-        return values[i] < value || (values[i] == value && items[i] < item);
+        return values[i] < value || (by_item && values[i] == value && items[i] < item);
     }
     bool after(std::int64_t i, double value, std::int64_t item) const {
-        return value < values[i] || (value == values[i] && item < items[i]);
+        return value < values[i] || (by_item && value == values[i] && item < items[i]);
     }
 
     // Parts low … high around its middle pair: then low … j are not after i … high, and what is between is in its place.
@@ -120,7 +122,7 @@ struct List {
     std::int64_t count, room;
 
     void settle() {
-        Pairs{values, items}.select(count, filled);
+        Pairs<false>{values, items}.select(count, filled);
         filled = count;
         limit = values[count - 1];
     }
@@ -209,28 +211,51 @@ int settle_smallest(const Kept& kept, int threads) {
 int rank_kept(const Kept& kept, const Matrix& query, const Matrix& gallery, Metric metric, double sign, double slack,
               std::int64_t k, double* distances, std::int64_t* items, double* workspace, int threads) {
     if (row_reader(query.dtype) == nullptr) return unsupported_dtype;
+    const auto pairs_of = [&](std::int64_t row) {
+        return Pairs<true>{kept.values + row * kept.room, kept.items + row * kept.room};
+    };
+    // Some queries and some rows of the gallery in the second-level cache: the pairs of one with the other are taken together.
+    const std::int64_t share = (kept.rows + threads - 1) / threads, chunk = share < most_queries ? share : most_queries;
+    const std::int64_t row_bytes = padded_dim(query.columns) * static_cast<std::int64_t>(sizeof(float));
+    const std::int64_t tile_rows = tile_bytes / row_bytes + 1;
 #pragma omp parallel num_threads(threads)
     {
         double* const rows = workspace + omp_get_thread_num() * 2 * padded_dim(query.columns);
         ExactDistances exact{query, gallery, metric, rows};
-#pragma omp for schedule(dynamic, 4)
-        for (std::int64_t row = 0; row < kept.rows; ++row) {
-            const Pairs pairs = {kept.values + row * kept.room, kept.items + row * kept.room};
-            const std::int64_t filled = kept.filled[row];
-            pairs.select(k, filled);
-            const double limit = pairs.values[k - 1] + slack;
-            exact.load_query(row);
-            std::int64_t count = 0;
-            for (std::int64_t i = 0; i < filled; ++i) {
-                if (pairs.values[i] > limit) continue;
-                const std::int64_t item = pairs.items[i];
-                pairs.values[count] = sign * exact(item), pairs.items[count] = item;
-                ++count;
+#pragma omp for schedule(dynamic)
+        for (std::int64_t first = 0; first < kept.rows; first += chunk) {
+            const std::int64_t last = first + chunk < kept.rows ? first + chunk : kept.rows;
+            std::int64_t counts[most_queries], done[most_queries];
+            for (std::int64_t row = first; row < last; ++row) {
+                const Pairs<true> pairs = pairs_of(row);
+                pairs.select(k, kept.filled[row]);
+                const double limit = pairs.values[k - 1] + slack;
+                std::int64_t count = 0;
+                for (std::int64_t i = 0; i < kept.filled[row]; ++i) {
+                    if (pairs.values[i] > limit) continue;
+                    pairs.items[count++] = pairs.items[i];
+                }
+                for (std::int64_t i = 0; i < count; ++i) pairs.values[i] = 0.0;
+                pairs.sort(0, count - 1);  // by item
+                counts[row - first] = count, done[row - first] = 0;
             }
-            pairs.select(k, count);
-            pairs.sort(0, k - 1);
-            for (std::int64_t i = 0; i < k; ++i) {
-                distances[row * k + i] = pairs.values[i], items[row * k + i] = pairs.items[i];
+            for (std::int64_t tile_end = tile_rows; tile_end < gallery.rows + tile_rows; tile_end += tile_rows) {
+                for (std::int64_t row = first; row < last; ++row) {
+                    const Pairs<true> pairs = pairs_of(row);
+                    const std::int64_t count = counts[row - first];
+                    std::int64_t& i = done[row - first];
+                    if (i == count || pairs.items[i] >= tile_end) continue;
+                    exact.load_query(row);
+                    for (; i < count && pairs.items[i] < tile_end; ++i) pairs.values[i] = sign * exact(pairs.items[i]);
+                }
+            }
+            for (std::int64_t row = first; row < last; ++row) {
+                const Pairs<true> pairs = pairs_of(row);
+                pairs.select(k, counts[row - first]);
+                pairs.sort(0, k - 1);
+                for (std::int64_t i = 0; i < k; ++i) {
+                    distances[row * k + i] = pairs.values[i], items[row * k + i] = pairs.items[i];
+                }
             }
         }
     }

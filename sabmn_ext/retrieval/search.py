@@ -34,7 +34,7 @@ from sabmn_ext.retrieval.inputs import Array, as_matrix, check_features
 _QUERY_ROWS, _TILE_ROWS = 2048, 2048
 _SQUARE_ROWS = 1024  # of both sides, where the queries are the gallery
 _BLOCK_ROWS = 256  # in float64 at a time
-_SPARE = 16  # candidates beyond those asked for, and an eighth of these
+_SPARE = 16  # candidates beyond those asked for, though no more than four for each; and an eighth of these
 _OPEN_PAIRS = 1 << 22  # at a time, where the lists are not certain
 
 
@@ -195,7 +195,7 @@ class _Kept:
 
     def __init__(self, lengths: Tensor, k: int, sign: float, bound: _Bound) -> None:
         self.k, self.sign, self.bound = k, sign, bound
-        self.smallest = Smallest(len(lengths), k + _SPARE + k // 8, sign, lengths.device)
+        self.smallest = Smallest(len(lengths), k + min(_SPARE, 4 * k) + k // 8, sign, lengths.device)
 
     def offset(self, lengths: Tensor, longest: float) -> Tensor:
         """[rows] float64: sign · ‖a − b‖² is at least sign · entry plus this; ‖a‖ and the longest ‖b‖ are given."""
