@@ -8,7 +8,7 @@ from attention_cases import needs_native
 from torch import Tensor
 
 from sabmn_ext import _native
-from sabmn_ext.ops import dispatch, nearest
+from sabmn_ext.ops import dispatch, nearest, reference
 
 
 @pytest.fixture(params=["torch", *(pytest.param(isa, marks=needs_native) for isa in ("baseline", "avx2", "avx512"))])
@@ -53,6 +53,61 @@ def test_all_tiles_together(backend: str, name: str, sign: float, count: int) ->
     assert all(len(set(row)) == len(row) for row in items.tolist())
     assert torch.equal(bounds.gather(1, items), smallest.values)
     assert torch.equal(smallest.values.sort().values, bounds.sort().values[:, : items.shape[1]])
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("count", [1, 2, 37, 300])
+def test_tiles_of_both_sides(backend: str, name: str, sign: float, count: int) -> None:
+    """Tiles whose rows are these rows, and whose columns are, in turn; more columns than a thread takes at once."""
+    rows, widths = 283, (3, 130, 65, 1, 40)
+    smallest = nearest.Smallest(rows, count, sign, torch.device("cpu"))
+    parts, done = [], 0
+    with dispatch.record() as calls:
+        for i, width in enumerate(widths):
+            transposed = i % 2 == 1
+            shape = (width, rows) if transposed else (rows, width)
+            tile, offsets = DRAWS[name](*shape), torch.randn(shape[0], dtype=torch.float64)
+            smallest.add(tile, offsets, done, transposed=transposed)
+            bounds = sign * tile.double() + offsets[:, None]
+            parts.append(bounds.T if transposed else bounds)
+            done += width
+    assert calls == [("keep_smallest", backend)] * len(widths)
+    bounds, items = torch.cat(parts, 1), smallest.items
+    assert items.shape == (rows, min(count, done))
+    assert all(len(set(row)) == len(row) for row in items.tolist())
+    assert torch.equal(bounds.gather(1, items), smallest.values)
+    assert torch.equal(smallest.values.sort().values, bounds.sort().values[:, : items.shape[1]])
+
+
+FEATURES = {
+    "normal": lambda rows: torch.randn(rows, 19),
+    "ties": lambda rows: torch.randint(-1, 2, (rows, 3)).double(),
+    "one value": lambda rows: torch.full((rows, 5), 0.5).bfloat16(),
+    "strided": lambda rows: torch.randn(19, rows).T[:, ::2],
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("k", [1, 20, 260])
+def test_ranks_what_is_kept(backend: str, name: str, metric: str, sign: float, k: int) -> None:
+    """More queries than are taken together; bounds that are below the exact distance by up to the slack."""
+    features = FEATURES[name](400)
+    features[features.double().norm(dim=1) == 0] = 1
+    query, gallery, slack = features[:131], features[131:], 0.3
+    pairs = torch.cartesian_prod(torch.arange(131), torch.arange(269))
+    exact = sign * reference.pair_distances(query, gallery, *pairs.T, metric).view(131, 269)
+    bounds = (exact - 0.999 * slack * torch.rand(131, 269)).float() - 1e-4
+    smallest = nearest.Smallest(131, 269, sign, torch.device("cpu"))
+    smallest.add(sign * bounds, torch.zeros(131, dtype=torch.float64), 0)
+    with dispatch.record() as calls:
+        distances, items = smallest.rank(query, gallery, metric, slack, k)
+    assert ("rank_kept", backend) in calls
+    order = exact.argsort(dim=1, stable=True)[:, :k]
+    assert torch.equal(items, order)
+    assert torch.equal(distances, exact.gather(1, order))
 
 
 def test_threads_do_not_matter() -> None:

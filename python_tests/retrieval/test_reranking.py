@@ -11,6 +11,7 @@ from torch import Tensor
 import sabmn_ext
 from sabmn_ext import _native
 from sabmn_ext.ops import dispatch
+from sabmn_ext.ops.rerank import exact_center
 from sabmn_ext.retrieval import reranking, search
 
 
@@ -89,6 +90,47 @@ def test_every_dtype(dtype: torch.dtype, seed: int) -> None:
     assert np.abs(found.numpy() - expected).max() < 1e-9
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("sizes", [(1, 63, 3), (13, 64, 255), (98, 65, 257), (25, 130, 600)])
+def test_sizes_that_fill_no_panel(sizes: tuple[int, int, int], metric: str) -> None:
+    num_query, num_gallery, dim = sizes
+    query = torch.randn(2 * num_query, dim).abs()[::2]
+    gallery = torch.randn(dim, num_gallery).abs().T
+    found = sabmn_ext.rerank(query, gallery, metric=metric).dense()
+    expected = dense_twin(query.numpy(), gallery.numpy(), 20, 6, 0.3, metric)
+    assert np.abs(found.numpy() - expected).max() < 1e-9
+
+
+OFFSETS = {
+    "far from the origin": lambda x: 1000 + x,
+    "far on the other side": lambda x: -3000 + x,
+    "near duplicates": lambda x: 30 + 1e-5 * x,
+    "one feature far": lambda x: x + 1e4 * torch.eye(7)[0],
+    "one item far": lambda x: x + 1e6 * (torch.arange(len(x)) == 3)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_cancels_is_subtracted_first(name: str, dtype: torch.dtype, seed: int) -> None:
+    query, gallery = (OFFSETS[name](side.double()).to(dtype) for side in people(21, 130, seed))
+    found = sabmn_ext.rerank(query, gallery).dense()
+    expected = dense_twin(query.numpy(), gallery.numpy(), 20, 6, 0.3, "euclidean")
+    assert np.abs(found.numpy() - expected).max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_center_is_subtracted_without_rounding(dtype: torch.dtype) -> None:
+    x, scale, offset = torch.rand(90, 5), torch.tensor([1.0, -6, 2, 1, 0]), torch.tensor([3.0, -7, -1, 0, 1])
+    query, gallery = (offset + scale * x).to(dtype).split((20, 70))
+    center = exact_center(query, gallery, "euclidean")
+    assert (center != 0).tolist() == [True, True, False, False, True]
+    for side in (query, gallery):
+        differences = side.double() - center
+        assert torch.equal(differences.to(dtype).double(), differences)
+    assert not exact_center(query, gallery, "cosine").any()
+
+
 def test_ties_and_duplicates(seed: int) -> None:
     """Small integers: most distances are ties, decided by the lower index; an item may be missing in its own list."""
     generator = torch.Generator().manual_seed(seed)
@@ -131,7 +173,7 @@ def test_the_same_bits_from_blocks_threads_tiles_and_every_instruction_set(
         finally:
             _native.module.set_isa(chosen)
     torch.set_num_threads(1 if torch.get_num_threads() > 1 else 2)
-    monkeypatch.setattr(search, "_TILE_ROWS", 41)
+    monkeypatch.setattr(search, "_SQUARE_ROWS", 41)
     monkeypatch.setattr(reranking, "_BLOCK_ELEMENTS", 150 * 5)
     found = sabmn_ext.rerank(query, gallery)
     assert [len(block) for block in found] == [5] * 7 + [2]

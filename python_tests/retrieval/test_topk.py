@@ -36,7 +36,7 @@ def draw(rows: int, dim: int, dtype: torch.dtype = torch.float32, scale: float =
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"_QUERY_ROWS": 7, "_TILE_ROWS": 32, "_BLOCK_ROWS": 5, "_OPEN_PAIRS": 400}
+    sizes = {"_QUERY_ROWS": 7, "_TILE_ROWS": 32, "_SQUARE_ROWS": 21, "_BLOCK_ROWS": 5, "_OPEN_PAIRS": 400}
     for name, value in sizes.items():
         monkeypatch.setattr(search, name, value)
 
@@ -84,6 +84,25 @@ def test_the_farthest_item(name: str, metric: str) -> None:
     pairs = torch.cartesian_prod(torch.arange(15), torch.arange(140))
     assert farthest is not None
     assert torch.equal(farthest, reference.pair_distances(query, gallery, *pairs.T, metric).view(15, 140).amax(1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("spare", [0, 16])
+@pytest.mark.usefixtures("small_tiles")
+def test_the_queries_are_the_gallery(name: str, metric: str, spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the product gives what the whole one gives; k above the rows of a block, too."""
+    monkeypatch.setattr(search, "_SPARE", spare)
+    items = HARD[name](67)
+    pairs = torch.cartesian_prod(torch.arange(67), torch.arange(67))
+    distances = reference.pair_distances(items, items, *pairs.T, metric).view(67, 67)
+    for k in (1, 9, 40, 67):
+        nearest, indices, farthest = search.neighbors(items, items, k, metric, farthest=True)
+        order = distances.argsort(dim=1, stable=True)[:, :k]
+        assert torch.equal(indices, order)
+        assert torch.equal(nearest, distances.gather(1, order))
+        assert farthest is not None
+        assert torch.equal(farthest, distances.amax(dim=1))
 
 
 @pytest.fixture
