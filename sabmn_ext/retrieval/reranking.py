@@ -11,8 +11,9 @@ itself among them, ties to the lower index (queries first).
     V'_i      the mean of V_j over the k2 nearest items j of i; V_i itself for k2 = 1
     J(q, g)   1 − m / (2 − m), m = Σ_j min(V'_q(j), V'_g(j))
 
-The new distance is (1 − λ) J(q, g) + λ d̃(q, g). The lists come from exact neighbours (``search.neighbors``), all sums
-are in float64 in one order: nothing depends on tiles or threads.
+The new distance is (1 − λ) J(q, g) + λ d̃(q, g). The lists come from exact neighbours (``search.neighbors``); d̃ in the
+last line is ‖a‖² + ‖b‖² − 2 a·b, or 1 − cos, up to a factor (csrc/retrieval/rerank_cpu.cpp). All sums are in float64 in
+one order: nothing depends on tiles, threads or the processor.
 """
 
 from collections.abc import Iterator, Sequence

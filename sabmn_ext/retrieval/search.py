@@ -7,9 +7,10 @@ tiles gives a lower bound of it: two more columns subtract the product's own err
     [−2a, 1 − κ, −β‖a‖] · [b, ‖b‖², ‖b‖]  =  ‖b‖² − 2 a·b − β‖a‖‖b‖ − κ‖b‖²
 
 is, as computed, at most ‖b‖² − 2 a·b. For each query the items with the smallest bounds are kept, a few more than asked
-for. Their float64 distances are then computed in the fixed order of ``reference.pair_distances``. If the k-th of these
-is below every other item's bound, the list is certain; else all items whose bound leaves it open are computed. So the
-result does not depend on tiles, threads, device or the product's precision.
+for. The float64 distances of those that the bound does not rule out are then computed in the fixed order of
+``reference.pair_distances``. If the k-th of these is below every other item's bound, the list is certain; else all items
+whose bound leaves it open are computed. So the result does not depend on tiles, threads, device or the product's
+precision.
 
 The bound. u = 2⁻²⁴, n = D + 2 terms, v: the relative rounding of a product's inputs, where a setting of torch allows
 TF32 or bfloat16. Rounding a, b, ‖b‖² to float32 costs (2u + u²) 2‖a‖‖b‖ + u‖b‖². The product, in any order, with fused
@@ -51,7 +52,7 @@ def topk(query: Array, gallery: Array, k: int, *, metric: str = "euclidean") -> 
         distances [Q, k] float64 and indices [Q, k] int64, on the features' device. Both are exact: those of a stable
         sort of the float64 distances, whatever the tiles, the threads or the processor.
 
-    Memory: a float32 copy of the queries, some 40 bytes for each of their k nearest items, and 100 MB.
+    Memory: a float32 copy of the queries, some 70 bytes for each of their k nearest items, and 100 MB.
 
     Raises:
         TypeError, ValueError: dtypes, devices or dimensions that do not fit; k out of range; NaN or infinite features
