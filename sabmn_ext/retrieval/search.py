@@ -8,9 +8,9 @@ tiles gives a lower bound of it: two more columns subtract the product's own err
 
 is, as computed, at most ‖b‖² − 2 a·b. For each query the items with the smallest bounds are kept, a few more than asked
 for. The float64 distances of those that the bound does not rule out are then computed in the fixed order of
-``reference.pair_distances``. If the k-th of these is below every other item's bound, the list is certain; else all items
-whose bound leaves it open are computed. So the result does not depend on tiles, threads, device or the product's
-precision.
+``reference.pair_distances``. If the k-th of these is below every other item's bound, the list is certain; else all
+items whose bound leaves it open are computed. So the result does not depend on tiles, threads, device or the
+product's precision.
 
 The bound. u = 2⁻²⁴, n = D + 2 terms, v: the relative rounding of a product's inputs, where a setting of torch allows
 TF32 or bfloat16. Rounding a, b, ‖b‖² to float32 costs (2u + u²) 2‖a‖‖b‖ + u‖b‖². The product, in any order, with fused
