@@ -34,7 +34,7 @@ ISA_FLAGS = {
 }
 BF16_SOURCES = ["attention_backward_cpu.cpp", "attention_forward_cpu.cpp"]
 ISAS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
-# Ranks must not depend on the processor, so distances are never computed with a fused multiply-add.
+# Ranks must not depend on the processor: only what the source fuses is fused.
 EXTRA_FLAGS = {"retrieval": ["-ffp-contract=off"]}
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 

@@ -1,25 +1,18 @@
 """Inputs of the attention operation for its tests, the block as eager modules write it, the check against float64."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import pytest
 import torch
 from float64_rule import assert_close_to_float64
 from peak_memory import peak_bytes
 from torch import Tensor
 from torch.nn import functional
 
-from sabmn_ext import _native
 from sabmn_ext.functional import self_attention2d
 from sabmn_ext.ops import dispatch
 
 NAMES = ["x", "w_query", "w_key", "w_value", "w_out", "gamma", "b_query", "b_key", "b_value", "b_out"]
 Inputs = list[Tensor | None]
-
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
-
-needs_native = pytest.mark.skipif(_native.module is None, reason=_native.missing_reason)
 
 
 def draw(sizes: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64, layout: str = "contiguous") -> Inputs:
@@ -69,20 +62,6 @@ def sharp(sizes: tuple[int, ...], seed: int, dtype: torch.dtype) -> Inputs:
     factor = 2.0 ** round(float(torch.log2(1000 / logits.abs().max())))
     inputs[1] = inputs[1] * factor
     return inputs
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """The kernels for this instruction set; skips the test where the processor has it not."""
-    before = _native.module.isa()
-    try:
-        _native.module.set_isa(name)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        yield
-    finally:
-        _native.module.set_isa(before)
 
 
 def call(inputs: Inputs, backend: str | None = None) -> Tensor:

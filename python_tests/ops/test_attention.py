@@ -9,19 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import (
-    ISAS,
     NAMES,
     Inputs,
     call,
     check,
     draw,
-    instruction_set,
     literal,
-    needs_native,
     peak_of_first_step,
     sharp,
     with_gradients,
 )
+from instruction_sets import ISAS, instruction_set, needs_native
 from peak_memory import fresh_process
 from torch import Tensor
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import attention_bench
 import pytest
 import torch
-from attention_cases import call, check, draw, instruction_set, needs_native, with_gradients
+from attention_cases import call, check, draw, with_gradients
+from instruction_sets import instruction_set, needs_native
 
 from sabmn_ext import _native
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from attention_cases import ISAS, Inputs, call, check, draw, instruction_set, literal, needs_native, with_gradients
+from attention_cases import Inputs, call, check, draw, literal, with_gradients
 from float64_rule import assert_close_to_float64
+from instruction_sets import ISAS, instruction_set, needs_native
 
 from sabmn_ext import _native
 

@@ -4,26 +4,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_cases import needs_native
+from instruction_sets import ISAS, instruction_set, needs_native
 from torch import Tensor
 
-from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, nearest, reference
 
 
-@pytest.fixture(params=["torch", *(pytest.param(isa, marks=needs_native) for isa in ("baseline", "avx2", "avx512"))])
+@pytest.fixture(params=["torch", *(pytest.param(isa, marks=needs_native) for isa in ISAS[:-1])])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "torch":
         monkeypatch.setenv("SABMN_BACKEND", "torch")
         yield "torch"
         return
-    before = _native.module.isa()
-    try:
-        _native.module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield "cpu"
-    _native.module.set_isa(before)
+    with instruction_set(request.param):
+        yield "cpu"
 
 
 DRAWS = {

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from float64_rule import assert_close_to_float64
+from instruction_sets import ISAS, instruction_set, needs_native
 from torch import Tensor
 
-from sabmn_ext import _native
 from sabmn_ext.ops import dispatch, reference
 from sabmn_ext.ops.cpu.buffers import KEPT_CALLS, Buffers, release
 from sabmn_ext.ops.spectral_norm import spectral_norm
@@ -24,7 +24,6 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
 ]
-needs_native = pytest.mark.skipif(_native.module is None, reason=_native.missing_reason)
 
 
 def draw(
@@ -75,26 +74,19 @@ def test_forward_and_backward_against_float64(
         assert gradients[i].abs().max() > 0 or weight.numel() == 1
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if _native.module is None:
-        pytest.skip(_native.missing_reason)
-    before = _native.module.isa()
-    try:
-        _native.module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.module.set_isa(before)
+@pytest.fixture(params=[pytest.param(isa, marks=needs_native) for isa in ISAS[:-1]])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with instruction_set(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize(("dtype", "out"), DTYPES)
-def test_every_instruction_set(instruction_set: str, dtype: torch.dtype, out: torch.dtype) -> None:
+def test_every_instruction_set(isa: str, dtype: torch.dtype, out: torch.dtype) -> None:
     test_forward_and_backward_against_float64(dtype, out, "cpu", 1, seed=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_conversions_are_exact(instruction_set: str, dtype: torch.dtype) -> None:
+def test_conversions_are_exact(isa: str, dtype: torch.dtype) -> None:
     def divided_by_one(row: Tensor, out: torch.dtype) -> Tensor:
         # The first element is 1, and with u = 1 and v = (1, 0, …) it is σ.
         v = torch.zeros_like(row)
