@@ -68,9 +68,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
+        # Of a pickle that it refuses torch says how to run its code all the same.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).strip().split("\n")[0][:120]
         raise ValueError(
-            f"{path} is not a whole checkpoint of sabmn_ext: it is cut off, damaged or of another kind ({reason})"
+            f"{path} is not a whole checkpoint of sabmn_ext: it is cut off, damaged or of another kind"
+            + (f" ({reason})" if reason else "")
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is a torch file but not a checkpoint of this sabmn_ext ({FORMAT})")
