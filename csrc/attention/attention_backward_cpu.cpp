@@ -17,6 +17,7 @@
 #include "attention/product.h"
 #include "attention/tiles.h"
 #include "attention/workspace.h"
+#include "common/subnormals.h"
 
 namespace sabmn {
 namespace SABMN_ISA {
@@ -228,6 +229,7 @@ struct Backward {
 
     // Phase 2: the gradients of key and value of a part's keys, and what they add to those of the queries.
     void attention_of_part(int64_t image, int64_t part, F* query_sums, int64_t query_row, Arena<F> arena) {
+        const SubnormalsAreZero fast;
         F* const map = arena.take(chunk * lanes);  // [queries of a chunk][keys of a tile]
         F* const map_gradient = arena.take(chunk * lanes);
         P* const powers = take_factors_of<T>(arena, map, chunk / terms * lanes);

@@ -13,6 +13,7 @@
 #include "attention/product.h"
 #include "attention/tiles.h"
 #include "attention/workspace.h"
+#include "common/subnormals.h"
 
 namespace sabmn {
 namespace SABMN_ISA {
@@ -156,6 +157,7 @@ void attend(const AttentionInputs& in, const Factor<T>* keys, const Factor<T>* v
     using F = Wide<T>;
     const int64_t N = in.sizes.positions(), dk = in.sizes.key_width, dv = in.sizes.value_width;
     const AttentionChunks cut(in.sizes);
+    const SubnormalsAreZero fast;
     Softmax<F> softmax;
     load_tile<T>(static_cast<const T*>(in.query) + image * dk * N + first, dk, N, count, query);
     for (int64_t i = 0; i < N; i += chunk) {

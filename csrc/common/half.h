@@ -43,8 +43,11 @@ static inline double widen(double value) { return value; }
 static inline float widen(BFloat16 value) { return float_of(static_cast<std::uint32_t>(value.bits) << 16); }
 static inline float widen(Float16 value) {
     const std::uint32_t magnitude = value.bits & 0x7fffu;
-    // As a float's exponent and mantissa the bits are 2¹¹² too small, for subnormal numbers too.
-    const std::uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
+    // As a float's exponent and mantissa the bits are 2¹¹² too small. A subnormal number's, put under the exponent of
+    // 2⁻¹⁴, are 2⁻¹⁴ too much; no step makes a subnormal float of them (subnormals.h).
+    const std::uint32_t normal = (magnitude << 13) + 0x38000000u;
+    const std::uint32_t subnormal = bits_of(float_of((magnitude << 13) + 0x38800000u) - 0x1p-14f);
+    const std::uint32_t finite = magnitude < 0x400u ? subnormal : normal;
     const std::uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
     return float_of(finite | special | (static_cast<std::uint32_t>(value.bits & 0x8000u) << 16));
 }
