@@ -4,6 +4,7 @@
     python benchmarks/attention_bench.py --shapes stage3 8x512x24x8:64 --dtypes fp32 bf16 --threads 1 2
     python benchmarks/attention_bench.py --rivals eager compile --csv runs/attention.csv --plot runs/attention.png
     python benchmarks/attention_bench.py --dtypes fp32 bf16 --isa avx512_bf16
+    python benchmarks/attention_bench.py --logits 30
     python benchmarks/attention_bench.py --targets
 
 The candidates take turns; times are medians, "± %" half the distance of the quartiles. Operations are counted as
@@ -13,6 +14,9 @@ moment (10⁶ bytes, results included, inputs not; see peak_memory.py). On a GPU
 inputs rotated past the L2 cache, and "of copy", the share of the rate of a copy in device memory for the bytes that
 any implementation must move. Before anything is timed, every rival must agree with ours in the output and all
 gradients, and the dispatcher's record must name one backend.
+
+--logits 30 is the block as it stands in a network that trains: rows of the map are nearly one-hot, and many of their
+numbers are below float32's smallest normal one, which Intel's processors multiply slowly.
 """
 
 import argparse
@@ -63,6 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--threads", type=int, nargs="+", metavar="N", help="one after another (default: torch's own number)")
     add("--rivals", nargs="*", metavar="RIVAL", help="eager, sdpa-…, compile (default: all of the device but compile)")
     add("--form", choices=["paper", "gan"], default="paper", help="gan: biases, C value channels, no output projection")
+    add("--logits", type=float, metavar="STD", help="scale the query for logits of this standard deviation")
     add("--backend", choices=["auto", *dispatch.BACKENDS], default="auto", help="of ours")
     add("--isa", metavar="NAME", help="instruction set of ours on a CPU: baseline, avx2, avx512, avx512_bf16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -107,6 +112,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for rival in options.rivals:
         if rival not in available:
             parser.error(f"rival '{rival}' is not there on {options.device}; expected some of {', '.join(available)}")
+    if options.logits is not None and not 0 < options.logits < math.inf:
+        parser.error(f"--logits is {options.logits}; expected a standard deviation above 0")
     for name, least in (("batch", [options.batch]), ("threads", options.threads), ("rounds", [options.rounds])):
         if min(least) < 1:
             parser.error(f"--{name} is {min(least)}; expected at least 1")
@@ -126,7 +133,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
     for count, memory_format, shape in product(options.threads, options.formats, options.shapes):
-        yield Setting(shape, memory_format, count, options.device, options.form, options.backend)
+        yield Setting(shape, memory_format, count, options.device, options.form, options.backend, options.logits)
 
 
 def machine(options: argparse.Namespace) -> str:

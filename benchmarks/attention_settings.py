@@ -160,6 +160,7 @@ class Setting(NamedTuple):
     device: str
     form: str
     backend: str
+    logits: float | None = None  # their standard deviation, where the weights' initialisation does not say
 
 
 @dataclass
@@ -186,7 +187,19 @@ def draw(setting: Setting, dtype: str, sets: int = 1) -> Case:
         drawn = torch.randn(size, generator=generator).to(setting.device, DTYPES[dtype])
         return drawn.contiguous(memory_format=FORMATS[setting.memory_format])
 
-    return Case(block, [(image().requires_grad_(), image()) for _ in range(sets)])
+    inputs = [(image().requires_grad_(), image()) for _ in range(sets)]
+    if setting.logits is not None:
+        scale_logits(block, inputs[0][0][:1], setting.logits)
+    return Case(block, inputs)
+
+
+@torch.no_grad()
+def scale_logits(block: sabmn_ext.SelfAttention2d, x: Tensor, deviation: float) -> None:
+    """Scales the query so that x's logits have this standard deviation."""
+    query, key = (layer(x).flatten(2).float() for layer in (block.query, block.key))
+    factor = deviation / (query.mT @ key).std()
+    for parameter in block.query.parameters():
+        parameter.mul_(factor)
 
 
 def forward_pass(module: nn.Module, x: Tensor, grad_y: Tensor) -> None:

@@ -325,6 +325,14 @@ def test_the_same_case_every_time() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.block.parameters(), two.block.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("form", ["paper", "gan"])
+def test_logits_of_a_given_size(form: str) -> None:
+    case = cases.draw(setting(form=form, logits=30.0), "fp32")
+    query, key = (layer(case.inputs[0][0]).flatten(2) for layer in (case.block.query, case.block.key))
+    assert (query[0].mT @ key[0]).std().item() == pytest.approx(30, rel=1e-5)
+    cases.check_agreement(case, cases.candidate("eager", case.block), "fp32", "eager")
+
+
 def test_the_backend_is_the_recorded_one(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.draw(setting(backend="torch"), "fp32")
     for pass_ in cases.PASSES:
@@ -532,6 +540,7 @@ def test_targets_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["--threads", "0"], "--threads is 0; expected at least 1"),
         (["--rounds", "-1"], "--rounds is -1; expected at least 1"),
         (["--batch", "0"], "--batch is 0; expected at least 1"),
+        (["--logits", "-3"], "--logits is -3.0; expected a standard deviation above 0"),
         (["--csv", "nowhere/out.csv"], "'nowhere/out.csv' cannot be written: there is no folder 'nowhere'"),
         (["--plot", "out.mp4"], "--plot is 'out.mp4'; expected a name that ends in .png, .pdf, .svg"),
         (["--device", "cuda"], "--device is cuda, but torch finds no CUDA device here"),

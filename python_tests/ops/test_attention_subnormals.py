@@ -1,4 +1,4 @@
-"""Numbers below the smallest normal one: within softmax the CPU kernels take them for zero, everywhere else they count."""
+"""Numbers below the smallest normal one: zero to the softmax of the CPU kernels, kept everywhere else."""
 
 import pytest
 import torch
