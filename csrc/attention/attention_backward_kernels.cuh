@@ -107,7 +107,7 @@ struct BackwardPlan {
     __host__ __device__ int slices() const { return a_panels > b_panels ? a_panels : b_panels; }
     __host__ __device__ int bytes() const {
         return (4 + own() + ring()) * backward_panel_bytes +
-               2 * 2 * backward_side * static_cast<int>(sizeof(float));
+               2 * 3 * backward_side * static_cast<int>(sizeof(float));
     }
 };
 
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
     T* const kept = shared;          // [2 tiles][a, b]
     T* const own = kept + 4 * size;  // [a panels + b panels], or a ring
     T* const ring = own + plan.own() * size;
-    float* const statistics = reinterpret_cast<float*>(ring + plan.ring() * size);  // [2 tiles][lse, r][64]
+    float* const statistics = reinterpret_cast<float*>(ring + plan.ring() * size);  // [2 tiles][maximum, log2 total, r][64]
     const float* const lse = arguments.lse + image * 2 * positions;
     const float* const row_term = arguments.row_term + image * positions;
 
@@ -175,9 +175,10 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
             }
             if (p == 0 && own_keys && threadIdx.x < side) {  // p is 0 where there is no query
                 const int j = tile * side + threadIdx.x;
-                float* const to = statistics + tile % 2 * 2 * side + threadIdx.x;
-                to[0] = j < positions ? (lse[j] + lse[positions + j]) * log2_e : INFINITY;
-                to[side] = j < positions ? row_term[j] : 0.0f;
+                float* const to = statistics + tile % 2 * 3 * side + threadIdx.x;
+                to[0] = j < positions ? lse[j] : INFINITY;
+                to[side] = j < positions ? lse[positions + j] * log2_e : 0.0f;
+                to[2 * side] = j < positions ? row_term[j] : 0.0f;
             }
         }
         cp_async_commit();
@@ -185,12 +186,13 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
 
     const int lane = threadIdx.x % warp_size, warp_own = threadIdx.x / warp_size * 16;
     const bool idle = first_own + warp_own >= positions;
-    float own_lse[2] = {}, r[2] = {};  // of own queries g and g + 8, lse in units of log 2
+    float maximum[2] = {}, log_total[2] = {}, r[2] = {};  // of own queries g and g + 8
     if (!own_keys) {
 #pragma unroll
         for (int lower = 0; lower < 2; ++lower) {
             const int j = first_own + warp_own + lane / 4 + 8 * lower;
-            if (j < positions) own_lse[lower] = (lse[j] + lse[positions + j]) * log2_e, r[lower] = row_term[j];
+            if (j >= positions) continue;
+            maximum[lower] = lse[j], log_total[lower] = lse[positions + j] * log2_e, r[lower] = row_term[j];
         }
     }
 
@@ -240,17 +242,18 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
         product(e, plan.b_panels, arguments.value_width);
         if (idle) continue;
         const int left = positions - tile * side;
-        const float* const of_tile = statistics + tile % 2 * 2 * side;
+        const float* const of_tile = statistics + tile % 2 * 3 * side;
         Operand<T> p_rounded[side / 16], e_rounded[side / 16];
 #pragma unroll
         for (int j = 0; j < side / 16; ++j) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int half = i / 4, lower = i / 2 % 2, column = 16 * j + 8 * half + lane % 4 * 2 + i % 2;
-                const float of_row = own_keys ? of_tile[column] : own_lse[lower];
-                const float term = own_keys ? of_tile[side + column] : r[lower];
+                const float largest = own_keys ? of_tile[column] : maximum[lower];
+                const float log_sum = own_keys ? of_tile[side + column] : log_total[lower];
+                const float term = own_keys ? of_tile[2 * side + column] : r[lower];
                 float& p = logits[j][half][i % 4];
-                p = column < left ? exp2_approx(fmaf(p, log2_e, -of_row)) : 0.0f;
+                p = column < left ? power_of(p, largest, log_sum) : 0.0f;
                 e[j][half][i % 4] = p * (e[j][half][i % 4] - term);
             }
             round_block<T>(p_rounded[j], logits[j], 1, 1);

@@ -25,6 +25,18 @@ SIMT_TEST(attention_backward_float32, tf32, fp32) {
 }
 SIMT_TEST(attention_backward_float32_heavy, tf32, fp32) { check<T>({1, 40, 129, 140, 72, true, true, any()}); }
 
+// Of up to about a thousand, and exact: small integers. Most rows of the map are one-hot; the others say how exact a
+// power is where its logit is large.
+SIMT_TEST(attention_large_logits, fp32) {
+    const Problem<T> problem({24, 16, 35, 3, 4, true, false, any()});
+    for (const Buffer<T>* buffer : {&problem.x, &problem.w_query, &problem.w_key}) {
+        for (std::size_t i = 0; i < buffer->size(); ++i) (*buffer)[i] = static_cast<T>(simt::random_int(-2, 2));
+    }
+    for (std::size_t i = 0; i < problem.w_query.size(); ++i) problem.w_query[i] = static_cast<T>(2.0f * problem.w_query[i]);
+    problem.check_forward();
+    problem.check_backward();
+}
+
 // Slices, with the own side kept (at most 4 panels) and fetched again.
 SIMT_TEST(attention_backward_widths, bf16) {
     check<T>({1, 24, 72, 128, 72, true, any(), any()});

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
             }
             largest = fmaxf(largest, shuffle_xor(largest, 1));
             largest = fmaxf(largest, shuffle_xor(largest, 2));
-            correction[lower] = exp2_approx((maximum[lower] - largest) * log2_e);
+            correction[lower] = power_of(maximum[lower], largest);
             maximum[lower] = largest;
             float sum = 0;
 #pragma unroll
@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
                 for (int half = 0; half < 2; ++half) {
                     float& x = logits[j][half][2 * lower];
                     float& y = logits[j][half][2 * lower + 1];
-                    x = exp2_approx(fmaf(x, log2_e, -largest * log2_e));
-                    y = exp2_approx(fmaf(y, log2_e, -largest * log2_e));
+                    x = power_of(x, largest);
+                    y = power_of(y, largest);
                     sum += x + y;
                     set_pair<T>(powers[j], 2 * half + lower, x, y);
                 }

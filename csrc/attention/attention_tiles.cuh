@@ -23,6 +23,12 @@ namespace {
 constexpr int warp_size = 32;
 constexpr float log2_e = 1.44269504f, minus_infinity = -INFINITY;
 
+// e^(logit − maximum) / total, with log_total = log2 total. A large logit's distance to the maximum is exact; the product
+// of either with log2_e would not be.
+__device__ inline float power_of(float logit, float maximum, float log_total = 0.0f) {
+    return exp2_approx(fmaf(logit - maximum, log2_e, -log_total));
+}
+
 // ---- tiles: rows of 4 to 32 chunks of 16 bytes ----
 
 template <typename T>
