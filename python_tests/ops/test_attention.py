@@ -308,10 +308,24 @@ def test_vmap(seed: int) -> None:
         stacked = [torch.stack([t, 2 * t, -t], dim=-1) if i in batched else t for i, t in enumerate(tensors)]
         in_dims = tuple(-1 if i in batched else None for i in range(len(tensors)))
         single = [[t[..., n] if i in batched else t for i, t in enumerate(stacked)] for n in range(3)]
-        torch.testing.assert_close(torch.func.vmap(ours, in_dims)(*stacked), torch.stack([ours(*t) for t in single]))
+        for grad_mode in (torch.enable_grad, torch.no_grad):
+            with grad_mode():
+                found = torch.func.vmap(ours, in_dims)(*stacked)
+            torch.testing.assert_close(found, torch.stack([ours(*t) for t in single]))
         gradient = torch.func.grad(lambda *t: ours(*t).square().sum(), (0, 1))
         expected = [torch.stack(parts) for parts in zip(*(gradient(*t) for t in single), strict=True)]
         torch.testing.assert_close(list(torch.func.vmap(gradient, in_dims)(*stacked)), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients(backend: str, mode: type, seed: int) -> None:
+    inputs = [t.requires_grad_() for t in draw(SIZES[0], seed, torch.float32)]
+    with mode(), dispatch.record() as calls:
+        y = call(inputs, backend)
+    assert not y.requires_grad
+    assert torch.equal(y, call(inputs, backend))
+    assert calls == [("attention_forward", backend)]
 
 
 def test_gradient_penalty(seed: int) -> None:

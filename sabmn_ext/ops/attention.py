@@ -81,7 +81,7 @@ def self_attention2d(
     _check(x, weights, gamma, biases)
     flat = [None if w is None else w.flatten(1) for w in weights]
     scale = gamma.reshape(()).to(reference.wide(x.dtype))
-    return _Attention.apply(x, *flat, scale, *biases, backend)[0]  # type: ignore[no-any-return]
+    return _function(_Attention)(x, *flat, scale, *biases, backend)[0]  # type: ignore[no-any-return]
 
 
 def attention_map(
@@ -268,7 +268,12 @@ for _operation, _implementation, _fake in (
 # ---- autograd ----
 #
 # The Functions' parameters are written out one by one: torch.compile counts them. `apply` asks for the signature at
-# every call, which takes 20 µs unless it is at hand.
+# every call, which takes 20 µs unless it is at hand, and takes 60 µs in all, several times that where the caches are
+# cold: no more than its forward is needed where there will be no gradient.
+
+
+def _function(function: type[torch.autograd.Function]) -> Callable[..., tuple[Tensor, ...]]:
+    return function.apply if torch.is_grad_enabled() else function.forward  # type: ignore[return-value]
 
 
 class _Attention(torch.autograd.Function):
@@ -296,7 +301,8 @@ class _Attention(torch.autograd.Function):
         if grad_y is None:
             return (None,) * (_N_INPUTS + 1)
         needs = tuple(ctx.needs_input_grad[:_N_INPUTS])
-        return (*_spread(_AttentionGradient.apply(grad_y, *ctx.saved_tensors, needs, ctx.backend), needs), None)
+        grads = _function(_AttentionGradient)(grad_y, *ctx.saved_tensors, needs, ctx.backend)
+        return (*_spread(grads, needs), None)
 
 
 class _AttentionGradient(torch.autograd.Function):
@@ -338,8 +344,8 @@ class _AttentionGradient(torch.autograd.Function):
         return (*_spread(seconds, present), *[None] * 7)  # the saved five, needs, backend
 
 
-for _function in (_Attention, _AttentionGradient):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore
+for _each in (_Attention, _AttentionGradient):
+    _each.forward.__signature__ = inspect.signature(_each.forward)  # type: ignore
 
 
 def _spread(tensors: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor | None]:
