@@ -33,22 +33,31 @@ static inline void add_product(Vector<T>& sum, T factor, Vector<T> right) {
     sum += factor * right;
 }
 
-// Summed from 0 and then added to c, so that a large c costs one rounding only.
-template <int rows, int vectors, typename P>
+// Summed from 0 and then added to c, so that a large c costs one rounding only. Rows of a that are far apart are those of
+// weights, which are in no near cache: the next block's are fetched meanwhile, a cache line at a time.
+template <int rows, int vectors, bool far_apart, typename P>
 static inline void product_block(std::int64_t depth, Left<P> a, const P* b, std::int64_t b_row, Sum<P>* c,
                                  std::int64_t c_row, bool add) {
     constexpr int width = vector_lanes<P>;
+    const std::int64_t stretch = far_apart ? 64 / sizeof(P) : depth;
     Vector<Sum<P>> sums[rows][vectors] = {};
-#pragma GCC unroll 4
-    for (std::int64_t k = 0; k < depth; ++k, a.data += a.step, b += b_row) {
-        Vector<P> right[vectors];
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; ++j) right[j] = vector_at(b + j * width);
+    for (std::int64_t left = depth; left > 0; left -= stretch) {
+        if constexpr (far_apart) {
 #pragma GCC unroll 6
-        for (int row = 0; row < rows; ++row) {
-            const P factor = a.data[row * a.row_stride];
+            for (int row = 0; row < rows; ++row) __builtin_prefetch(a.data + (rows + row) * a.row_stride);
+        }
+        const std::int64_t steps = left < stretch ? left : stretch;
 #pragma GCC unroll 4
-            for (int j = 0; j < vectors; ++j) add_product(sums[row][j], factor, right[j]);
+        for (std::int64_t k = 0; k < steps; ++k, a.data += a.step, b += b_row) {
+            Vector<P> right[vectors];
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; ++j) right[j] = vector_at(b + j * width);
+#pragma GCC unroll 6
+            for (int row = 0; row < rows; ++row) {
+                const P factor = a.data[row * a.row_stride];
+#pragma GCC unroll 4
+                for (int j = 0; j < vectors; ++j) add_product(sums[row][j], factor, right[j]);
+            }
         }
     }
 #pragma GCC unroll 6
@@ -63,8 +72,14 @@ template <int vectors, typename P>
 static void product_columns(std::int64_t rows, std::int64_t depth, Left<P> a, const P* b, std::int64_t b_row,
                             Sum<P>* c, std::int64_t c_row, bool add) {
     std::int64_t row = 0;
+    const bool far_apart = a.step == 1 && a.row_stride > product_depth;
     const auto block = [&](auto height) {
-        product_block<height.value, vectors>(depth, a.at(row, 0), b, b_row, c + row * c_row, c_row, add);
+        const auto run = [&](auto fetching) {
+            product_block<height.value, vectors, fetching.value>(depth, a.at(row, 0), b, b_row, c + row * c_row, c_row,
+                                                                 add);
+        };
+        if (height.value == block_rows && far_apart) run(std::true_type{});
+        else run(std::false_type{});
         row += height.value;
     };
     while (row < rows) {
