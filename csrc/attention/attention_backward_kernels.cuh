@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
     T* const kept = shared;          // [2 tiles][a, b]
     T* const own = kept + 4 * size;  // [a panels + b panels], or a ring
     T* const ring = own + plan.own() * size;
-    float* const statistics = reinterpret_cast<float*>(ring + plan.ring() * size);  // [2 tiles][maximum, log2 total, r][64]
+    // [2 tiles][maximum, log2 total, r][64]
+    float* const statistics = reinterpret_cast<float*>(ring + plan.ring() * size);
     const float* const lse = arguments.lse + image * 2 * positions;
     const float* const row_term = arguments.row_term + image * positions;
 

@@ -32,7 +32,8 @@ SIMT_TEST(attention_large_logits, fp32) {
     for (const Buffer<T>* buffer : {&problem.x, &problem.w_query, &problem.w_key}) {
         for (std::size_t i = 0; i < buffer->size(); ++i) (*buffer)[i] = static_cast<T>(simt::random_int(-2, 2));
     }
-    for (std::size_t i = 0; i < problem.w_query.size(); ++i) problem.w_query[i] = static_cast<T>(2.0f * problem.w_query[i]);
+    for (std::size_t i = 0; i < problem.w_query.size(); ++i)
+        problem.w_query[i] = static_cast<T>(2.0f * problem.w_query[i]);
     problem.check_forward();
     problem.check_backward();
 }
