@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
     T* const kept = shared;          // [2 tiles][a, b]
     T* const own = kept + 4 * size;  // [a panels + b panels], or a ring
     T* const ring = own + plan.own() * size;
-    // [2 tiles][maximum, log2 total, r][64]
+    // [2 tiles][log-sum: shift, rest; r][64]
     float* const statistics = reinterpret_cast<float*>(ring + plan.ring() * size);
     const float* const lse = arguments.lse + image * 2 * positions;
     const float* const row_term = arguments.row_term + image * positions;
@@ -177,8 +177,9 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
             if (p == 0 && own_keys && threadIdx.x < side) {  // p is 0 where there is no query
                 const int j = tile * side + threadIdx.x;
                 float* const to = statistics + tile % 2 * 3 * side + threadIdx.x;
-                to[0] = j < positions ? lse[j] : INFINITY;
-                to[side] = j < positions ? lse[positions + j] * log2_e : 0.0f;
+                const auto of_query =
+                    j < positions ? LogSum<T>::of(lse[j], lse[positions + j]) : LogSum<T>::of(INFINITY);
+                to[0] = of_query.shift, to[side] = of_query.rest;
                 to[2 * side] = j < positions ? row_term[j] : 0.0f;
             }
         }
@@ -187,13 +188,14 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
 
     const int lane = threadIdx.x % warp_size, warp_own = threadIdx.x / warp_size * 16;
     const bool idle = first_own + warp_own >= positions;
-    float maximum[2] = {}, log_total[2] = {}, r[2] = {};  // of own queries g and g + 8
+    LogSum<T> own_log_sum[2] = {};  // of own queries g and g + 8
+    float r[2] = {};
     if (!own_keys) {
 #pragma unroll
         for (int lower = 0; lower < 2; ++lower) {
             const int j = first_own + warp_own + lane / 4 + 8 * lower;
             if (j >= positions) continue;
-            maximum[lower] = lse[j], log_total[lower] = lse[positions + j] * log2_e, r[lower] = row_term[j];
+            own_log_sum[lower] = LogSum<T>::of(lse[j], lse[positions + j]), r[lower] = row_term[j];
         }
     }
 
@@ -250,11 +252,11 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int half = i / 4, lower = i / 2 % 2, column = 16 * j + 8 * half + lane % 4 * 2 + i % 2;
-                const float largest = own_keys ? of_tile[column] : maximum[lower];
-                const float log_sum = own_keys ? of_tile[side + column] : log_total[lower];
+                const auto log_sum =
+                    own_keys ? LogSum<T>{of_tile[column], of_tile[side + column]} : own_log_sum[lower];
                 const float term = own_keys ? of_tile[2 * side + column] : r[lower];
                 float& p = logits[j][half][i % 4];
-                p = column < left ? power_of(p, largest, log_sum) : 0.0f;
+                p = column < left ? log_sum.power(p) : 0.0f;
                 e[j][half][i % 4] = p * (e[j][half][i % 4] - term);
             }
             round_block<T>(p_rounded[j], logits[j], 1, 1);

@@ -109,12 +109,13 @@ __global__ void __launch_bounds__(block_threads, 1)
         product(p, a_panels, arguments.key_width);
         product(e, b_panels, arguments.value_width);
         const float* const lse = arguments.lse + image * 2 * positions;
-        float maximum[2][2], log_total[2][2], term[2][2];
+        LogSum<T> log_sum[2][2];
+        float term[2][2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int j = first_query + 16 * (i / 2) + 8 * (i % 2) + lane / 4;
-            maximum[i / 2][i % 2] = j < positions ? lse[j] : INFINITY;
-            log_total[i / 2][i % 2] = j < positions ? lse[positions + j] * log2_e : 0.0f;
+            log_sum[i / 2][i % 2] =
+                j < positions ? LogSum<T>::of(lse[j], lse[positions + j]) : LogSum<T>::of(INFINITY);
             term[i / 2][i % 2] = j < positions ? arguments.row_term[image * positions + j] : 0.0f;
         }
         for_blocks([&](int i, int j) {
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(block_threads, 1)
                 const int column = first_key + 16 * j + 8 * half + lane % 4 * 2 + n % 2;
                 float& power = p[i][j][half][n % 4];
                 float& slope = e[i][j][half][n % 4];
-                power = column < positions ? power_of(power, maximum[i][lower], log_total[i][lower]) : 0.0f;
+                power = column < positions ? log_sum[i][lower].power(power) : 0.0f;
                 slope = power * (slope - term[i][lower]);
             }
             round_block<T>(p_rounded[i][j], p[i][j], 1, 1);

@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
             }
             largest = fmaxf(largest, shuffle_xor(largest, 1));
             largest = fmaxf(largest, shuffle_xor(largest, 2));
-            correction[lower] = power_of(maximum[lower], largest);
+            const auto held_against = LogSum<T>::of(largest);
+            correction[lower] = exp2_approx((maximum[lower] - largest) * log2_e);
             maximum[lower] = largest;
             float sum = 0;
 #pragma unroll
@@ -181,8 +182,8 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
                 for (int half = 0; half < 2; ++half) {
                     float& x = logits[j][half][2 * lower];
                     float& y = logits[j][half][2 * lower + 1];
-                    x = power_of(x, largest);
-                    y = power_of(y, largest);
+                    x = held_against.power(x);
+                    y = held_against.power(y);
                     sum += x + y;
                     set_pair<T>(powers[j], 2 * half + lower, x, y);
                 }
