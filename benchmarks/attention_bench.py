@@ -150,6 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if options.matmul_precision:
         torch.set_float32_matmul_precision(options.matmul_precision)
+    # By default cuDNN's convolutions, which are the rivals' projections, take TF32 where matrix products do not.
+    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     print(machine(options))
     rows: list[Row] = []
     traced: list[Traced] = []

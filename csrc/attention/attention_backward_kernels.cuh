@@ -87,7 +87,9 @@ __global__ void __launch_bounds__(row_warps* warp_size)
 
 // ---- gradients of query, key and value ----
 
-constexpr int backward_side = 64, backward_threads = 128, backward_blocks_per_sm = 2;
+constexpr int backward_side = 64, backward_threads = 128;
+template <typename T>
+constexpr int backward_blocks_per_sm = sizeof(T) == 2 ? 3 : 2;  // as registers allow
 constexpr int backward_stages = 3, backward_panel_bytes = 8 << 10;
 template <typename T>
 constexpr int backward_panel = backward_panel_bytes / sizeof(T) / backward_side;  // channels
@@ -119,9 +121,9 @@ struct BackwardPlan {
 // The other side passes through shared memory in panels of a slice's channels × 64 positions. The two that the slice
 // needs again for the gradients are kept until the tile is done.
 template <typename T>
-__global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
+__global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm<T>)
     attention_backward_kernel(SABMN_GRID_CONSTANT(BackwardArguments) arguments) {
-    constexpr int side = backward_side, panel = backward_panel<T>, chunks = side / chunk_size<T>, size = side * panel;
+    constexpr int side = backward_side, panel = backward_panel<T>, size = side * panel;
     SABMN_DYNAMIC_SHARED(T, shared);
     const int positions = arguments.positions, tiles = ceil_div(positions, side), slice = blockIdx.y;
     const BackwardPlan plan(arguments.key_width, arguments.value_width, panel);
@@ -141,38 +143,36 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
     const float* const row_term = arguments.row_term + image * positions;
 
     const int tile_steps = plan.a_panels + plan.b_panels, steps = tiles * tile_steps;
-    const auto other_place = [&](int step) {
-        const int tile = step / tile_steps, p = step % tile_steps;
+    const auto other_place = [&](int step, int tile, int p) {
         const bool is_b = p >= plan.a_panels;
         const bool keep = (is_b ? p - plan.a_panels : p) == slice;
         return keep ? kept + (tile % 2 * 2 + is_b) * size : ring + step % backward_stages * size;
     };
-    const auto own_place = [&](int step) {
-        return own + (plan.keeps_own ? step % tile_steps : step % backward_stages) * size;
-    };
+    const auto own_place = [&](int step, int p) { return own + (plan.keeps_own ? p : step % backward_stages) * size; };
+    int fetched_tile = 0, fetched_panel = 0;  // the next to fetch
     const auto fetch = [&](int step) {
         if (step < steps) {
-            const int tile = step / tile_steps, p = step % tile_steps;
+            const int tile = fetched_tile, p = fetched_panel;
+            if (++fetched_panel == tile_steps) fetched_panel = 0, ++fetched_tile;
             const bool is_b = p >= plan.a_panels;
             const int width = is_b ? arguments.value_width : arguments.key_width;
             const int first = (is_b ? p - plan.a_panels : p) * panel, left = width - first;
-            const int rows = min(ceil_div(left, 16) * 16, panel);
+            const int rows = min(ceil_div(left, 32) * 32, panel);
             const std::int64_t offset = (image * width + first) * positions;
             // of queries: query and context; of keys: key and value
             const T* const of_queries = static_cast<const T*>(is_b ? arguments.context : arguments.query) + offset;
             const T* const of_keys = static_cast<const T*>(is_b ? arguments.value : arguments.key) + offset;
             Panel<T> from = {(own_keys ? of_queries : of_keys) + tile * side,
                              positions,
-                             chunks,
                              rows,
                              left,
                              positions - tile * side,
                              arguments.vectors};
-            from.copy_to(other_place(step));
+            from.template copy_to<side, backward_threads>(other_place(step, tile, p));
             if (tile == 0 || !plan.keeps_own) {
                 from.data = (own_keys ? of_keys : of_queries) + first_own;
                 from.size = positions - first_own;
-                from.copy_to(own_place(step));
+                from.template copy_to<side, backward_threads>(own_place(step, p));
             }
             if (p == 0 && own_keys && threadIdx.x < side) {  // p is 0 where there is no query
                 const int j = tile * side + threadIdx.x;
@@ -200,73 +200,105 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm)
     }
 
     Block grad_a[panel / 16] = {}, grad_b[panel / 16] = {};
+#pragma unroll 1
     for (int first = 0; first < backward_stages - 1; ++first) fetch(first);
     int step = 0;
-    // d[own, other] += Σ over the channels of one side's panels
-    const auto product = [&](Block(&d)[side / 16], int panels, int width) {
-        for (int p = 0; p < panels; ++p) {
-            cp_async_wait<backward_stages - 2>();
-            __syncthreads();
-            fetch(step + backward_stages - 1);
-            const T *const own_panel = own_place(step), *const other_panel = other_place(step);
-            ++step;
-            const int depth = idle ? 0 : min(width - p * panel, panel);
+    // d[own, other] += Σ over the channels of a panel
+    const auto product = [&](Block(&d)[side / 16], const T* own_panel, const T* other_panel, int depth) {
 #pragma unroll 1
-            for (int k = 0; k < depth; k += 16) {
-                Operand<T> a, b;
-                load_operand<side, true>(a, own_panel, warp_own, k);
+        for (int k = 0; k < depth; k += 16) {
+            Operand<T> a;
+            Right<T> b;
+            load_operand<side, true>(a, own_panel, warp_own, k);
 #pragma unroll
-                for (int j = 0; j < side / 16; ++j) {
-                    load_operand<side, true>(b, other_panel, 16 * j, k);
-                    multiply<T>(d[j], a, b);
-                }
+            for (int j = 0; j < side / 16; ++j) {
+                load_right<side, true>(b, other_panel, 16 * j, k);
+                multiply<T>(d[j], a, b);
             }
         }
     };
     // grad[own, channel] += Σ over the positions of the tile
     const auto accumulate = [&](Block(&grad)[panel / 16], const Operand<T>(&weights)[side / 16], const T* from,
-                                int channels, int left) {
+                                int channels) {
 #pragma unroll
-        for (int j = 0; j < side / 16; ++j) {
-            if (16 * j >= left) break;
+        for (int i = 0; i < panel / 16; i += 2) {
+            if (16 * i >= channels) break;
 #pragma unroll
-            for (int i = 0; i < panel / 16; ++i) {
-                if (16 * i >= channels) break;
-                Operand<T> b;
-                load_operand<side, false>(b, from, 16 * i, 16 * j);
-                multiply<T>(grad[i], weights[j], b);
+            for (int j = 0; j < side / 16; ++j) {
+#pragma unroll
+                for (int n = i; n < i + 2; ++n) {
+                    Right<T> b;
+                    load_right<side, false>(b, from, 16 * n, 16 * j);
+                    multiply<T>(grad[n], weights[j], b);
+                }
             }
         }
     };
 
     for (int tile = 0; tile < tiles; ++tile) {
         Block logits[side / 16] = {}, e[side / 16] = {};
-        product(logits, plan.a_panels, arguments.key_width);
-        product(e, plan.b_panels, arguments.value_width);
+        for (int p = 0; p < tile_steps; ++p) {
+            cp_async_wait<backward_stages - 2>();
+            __syncthreads();
+            fetch(step + backward_stages - 1);
+            const T *const own_panel = own_place(step, p), *const other_panel = other_place(step, tile, p);
+            ++step;
+            if (idle) continue;
+            if (p < plan.a_panels) product(logits, own_panel, other_panel, min(arguments.key_width - p * panel, panel));
+            else product(e, own_panel, other_panel, min(arguments.value_width - (p - plan.a_panels) * panel, panel));
+        }
         if (idle) continue;
         const int left = positions - tile * side;
-        const float* const of_tile = statistics + tile % 2 * 3 * side;
         Operand<T> p_rounded[side / 16], e_rounded[side / 16];
-#pragma unroll
-        for (int j = 0; j < side / 16; ++j) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int half = i / 4, lower = i / 2 % 2, column = 16 * j + 8 * half + lane % 4 * 2 + i % 2;
-                const auto log_sum =
-                    own_keys ? LogSum<T>{of_tile[column], of_tile[side + column]} : own_log_sum[lower];
-                const float term = own_keys ? of_tile[2 * side + column] : r[lower];
-                float& p = logits[j][half][i % 4];
-                p = column < left ? log_sum.power(p) : 0.0f;
-                e[j][half][i % 4] = p * (e[j][half][i % 4] - term);
-            }
+        const auto round = [&](int j) {
             round_block<T>(p_rounded[j], logits[j], 1, 1);
             round_block<T>(e_rounded[j], e[j], 1, 1);
             prepare<T>(p_rounded[j]);
             prepare<T>(e_rounded[j]);
+        };
+        if (own_keys) {
+            const float* const of_tile = statistics + tile % 2 * 3 * side + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < 2 * (side / 16); ++j) {
+                float2 column[3];  // log-sum: shift and rest; r
+#pragma unroll
+                for (int n = 0; n < 3; ++n) column[n] = *reinterpret_cast<const float2*>(of_tile + n * side + 8 * j);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const auto log_sum = i % 2 ? LogSum<T>{column[0].y, column[1].y} : LogSum<T>{column[0].x, column[1].x};
+                    float& p = logits[j / 2][j % 2][i];
+                    p = log_sum.power(p);  // 0 beyond the last query
+                    e[j / 2][j % 2][i] = p * (e[j / 2][j % 2][i] - (i % 2 ? column[2].y : column[2].x));
+                }
+                if (j % 2) round(j / 2);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < side / 16; ++j) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) logits[j][i / 4][i % 4] = own_log_sum[i / 2 % 2].power(logits[j][i / 4][i % 4]);
+            }
+            if (left < side) {
+#pragma unroll
+                for (int j = 0; j < side / 16; ++j) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        if (16 * j + i / 4 * 8 + lane % 4 * 2 + i % 2 >= left) logits[j][i / 4][i % 4] = 0;
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < side / 16; ++j) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    e[j][i / 4][i % 4] = logits[j][i / 4][i % 4] * (e[j][i / 4][i % 4] - r[i / 2 % 2]);
+                }
+                round(j);
+            }
         }
         const T* const of_slice = kept + tile % 2 * 2 * size;
-        if (has_a) accumulate(grad_a, e_rounded, of_slice, arguments.key_width - slice * panel, left);
-        if (has_b) accumulate(grad_b, p_rounded, of_slice + size, arguments.value_width - slice * panel, left);
+        if (has_a) accumulate(grad_a, e_rounded, of_slice, arguments.key_width - slice * panel);
+        if (has_b) accumulate(grad_b, p_rounded, of_slice + size, arguments.value_width - slice * panel);
     }
 
     const float gamma = *arguments.gamma;

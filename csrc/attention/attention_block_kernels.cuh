@@ -34,12 +34,11 @@ __global__ void __launch_bounds__(block_threads, 1)
         const int left = width - p * panel;
         const Panel<T> rows = {static_cast<const T*>(from) + (image * width + p * panel) * positions,
                                positions,
-                               length / chunk_size<T>,
                                min(ceil_div(left, 16) * 16, panel),
                                left,
                                positions,
                                arguments.vectors};
-        rows.copy_to(to);
+        rows.template copy_to<length, block_threads>(to);
     };
     const auto fetch = [&](int step) {
         if (step < steps) {
@@ -73,15 +72,15 @@ __global__ void __launch_bounds__(block_threads, 1)
             const int depth = row_blocks > 0 && key_blocks > 0 ? min(width - p * panel, panel) : 0;
 #pragma unroll 1
             for (int k = 0; k < depth; k += 16) {
-                Operand<T> left[2], right;
+                Operand<T> left[2];
+                Right<T> right;
                 load_operand<length, true>(left[0], both, first_query, k);
                 load_operand<length, true>(left[1], both, first_query + 16, k);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    if (j >= key_blocks) break;
-                    load_operand<length, true>(right, both + size, first_key + 16 * j, k);
+                    load_right<length, true>(right, both + size, first_key + 16 * j, k);
                     multiply<T>(d[0][j], left[0], right);
-                    if (row_blocks > 1) multiply<T>(d[1][j], left[1], right);
+                    multiply<T>(d[1][j], left[1], right);
                 }
             }
         }
@@ -144,15 +143,15 @@ __global__ void __launch_bounds__(block_threads, 1)
         Block sums[2][2] = {};
 #pragma unroll 1
         for (int k = 0; k < positions; k += 16) {
-            Operand<T> left[2], right;
+            Operand<T> left[2];
+            Right<T> right;
             load_operand<length, transposed.value>(left[0], weights, first_row, k);
-            if (row_blocks > 1) load_operand<length, transposed.value>(left[1], weights, first_row + 16, k);
+            load_operand<length, transposed.value>(left[1], weights, first_row + 16, k);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                if (first_channel + 16 * j >= channels) break;
-                load_operand<length, false>(right, from, first_channel + 16 * j, k);
+                load_right<length, false>(right, from, first_channel + 16 * j, k);
                 multiply<T>(sums[0][j], left[0], right);
-                if (row_blocks > 1) multiply<T>(sums[1][j], left[1], right);
+                multiply<T>(sums[1][j], left[1], right);
             }
         }
         T* const data = static_cast<T*>(to) + (image * width + p * panel) * positions;

@@ -11,6 +11,8 @@ namespace {
 template <typename T>
 constexpr int max_slice = sizeof(T) == 2 ? 256 : std::is_same_v<T, tf32> ? 128 : 64;
 
+constexpr int wanted_blocks = 256, part_channels = 256;
+
 template <typename T>
 cudaError_t project(const AttentionCuda& in, cudaStream_t stream) {
     Product product{};
@@ -60,7 +62,11 @@ cudaError_t attend(const AttentionCuda& in, const AttentionMap& y, cudaStream_t 
     arguments.y_is_channels_last = channels_last(y);
     arguments.y = map_result<T>(y, in.x, in.channels, in.positions, in.b_out, in.gamma);
     using Plan = ForwardPlan<T, width>;
-    const dim3 grid(in.batch * ceil_div(in.positions, Plan::queries), ceil_div(in.value_width, width));
+    const int blocks = in.batch * ceil_div(in.positions, Plan::queries);
+    // Of small images there are few blocks, and most of the work is w_out's.
+    const int parts = arguments.w_out ? std::min(ceil_div(wanted_blocks, blocks), ceil_div(in.channels, part_channels)) : 1;
+    arguments.channels_per_block = ceil_div(ceil_div(in.channels, parts), part_channels) * part_channels;
+    const dim3 grid(blocks, ceil_div(in.value_width, width), ceil_div(in.channels, arguments.channels_per_block));
     return launch(attention_forward_kernel<T, width>, grid, Plan::threads, Plan::shared_bytes(in.key_width), stream,
                   arguments);
 }

@@ -1,14 +1,15 @@
 // Attention, output projection and residual in one kernel: out and y of attention_cuda.h.
 //
 // A warp owns 16 queries, a block `queries` of one image. Everything else passes through shared memory as a sequence of
-// panels of at most 16 KB, two under way while one is used: for every 128 keys the panels of the keys (64 channels
-// each, 32 of 32 bits) and then those of the values; after the last key the panels of w_out, 64 output channels each.
+// panels of at most 16 KB, two under way while one is used: for every 128 keys (or 64) the panels
+// of the keys (64 channels each, 32 of 32 bits) and then those of the values; after the last key the panels of w_out, 64
+// output channels each, or 32.
 // Logits, probabilities and out live in registers; out is stored for the backward pass, and used from where it is. Up
-// to 128 keys the softmax is exact at once; beyond, it is corrected whenever a row's maximum grows (Milakov and
+// to as many keys the softmax is exact at once; beyond, it is corrected whenever a row's maximum grows (Milakov and
 // Gimelshein, 2018).
 //
 // `width` is how many value channels a block has registers for, 64, 128 or 256; what is not needed of them is skipped,
-// 16 channels at a time. Wider values are done in slices by different blocks, which compute the logits again and leave
+// 32 channels at a time. Wider values are done in slices by different blocks, which compute the logits again and leave
 // w_out to attention_product_kernel. The width of queries and keys is free.
 #pragma once
 
@@ -17,13 +18,16 @@
 namespace sabmn {
 namespace {
 
-constexpr int forward_keys = 128, forward_stages = 3, forward_panel_bytes = 16 << 10;
+constexpr int forward_stages = 3;
 
-// 8 warps where registers allow, for the more queries share a panel the less often it is read.
+// 8 warps and 128 keys at a time where registers allow: the more queries share a panel the less often it is read.
 template <typename T, int width>
 struct ForwardPlan {
-    static constexpr int panel = forward_panel_bytes / sizeof(T) / forward_keys;  // channels
-    static constexpr int warps = sizeof(T) == 2 && width <= 64 ? 8 : 4;
+    static constexpr bool narrow = sizeof(T) == 2 && width <= 64;
+    static constexpr int keys = narrow || width == 256 || std::is_same_v<T, fp32> ? 64 : 128;
+    static constexpr int panel = 128 / sizeof(T);  // channels
+    static constexpr int panel_bytes = keys * panel * sizeof(T);
+    static constexpr int warps = narrow ? 8 : 4;
     static constexpr int threads = warps * warp_size, queries = 16 * warps;
     static constexpr int blocks_per_sm = 2;
     // Panels of queries that are kept for all keys; wider ones are fetched again. It all fits the 99 KB of a block on
@@ -32,7 +36,7 @@ struct ForwardPlan {
 
     static int shared_bytes(int key_width) {
         const int panels = ceil_div(key_width, panel), slots = panels < query_slots ? panels : query_slots;
-        return slots * panel * queries * static_cast<int>(sizeof(T)) + forward_stages * forward_panel_bytes;
+        return slots * panel * queries * static_cast<int>(sizeof(T)) + forward_stages * panel_bytes;
     }
 };
 
@@ -46,6 +50,7 @@ struct ForwardArguments {
     bool w_vectors;  // and those of w_out
     bool out_pairs;  // out may be stored in pairs of neighbours
     bool y_is_channels_last, writes_y;
+    int channels_per_block;  // of y: where there are few blocks, several share them out, and all find the same out
     ProductResult y;  // with rows and columns in the order of y_is_channels_last
 };
 
@@ -53,9 +58,9 @@ template <typename T, int width>
 __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T, width>::blocks_per_sm)
     attention_forward_kernel(SABMN_GRID_CONSTANT(ForwardArguments) arguments) {
     using Plan = ForwardPlan<T, width>;
-    constexpr int query_slots = Plan::query_slots, queries = Plan::queries, keys = forward_keys, panel = Plan::panel;
+    constexpr int query_slots = Plan::query_slots, queries = Plan::queries, keys = Plan::keys, panel = Plan::panel;
     constexpr int value_panels = width / panel, panel_elements = panel * keys;
-    constexpr int w_rows = 64, max_depth = panel_elements / w_rows, w_depth = width < max_depth ? width : max_depth,
+    constexpr int w_rows = 128 / sizeof(T), max_depth = panel_elements / w_rows, w_depth = width < max_depth ? width : max_depth,
                   w_panels = width / w_depth;
     SABMN_DYNAMIC_SHARED(T, shared);
 
@@ -70,10 +75,13 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
     const std::int64_t value_offset = (image * arguments.value_width + first_value) * positions;
     const T* const value = static_cast<const T*>(arguments.value) + value_offset;
     const T* const w_out = static_cast<const T*>(arguments.w_out);
+    const int first_channel = blockIdx.z * arguments.channels_per_block,
+              last_channel = min(first_channel + arguments.channels_per_block, channels);
+    const bool writes_out = blockIdx.z == 0;
 
     const int key_panels = ceil_div(key_width, panel), tile_steps = key_panels + value_panels;
     const int tiles = ceil_div(positions, keys), attention_steps = tiles * tile_steps;
-    const int steps = attention_steps + (w_out ? ceil_div(channels, w_rows) * w_panels : 0);
+    const int steps = attention_steps + (w_out ? ceil_div(last_channel - first_channel, w_rows) * w_panels : 0);
     const int slots = min(key_panels, query_slots);
     const bool keeps_queries = key_panels <= query_slots;
     T* const ring = shared + slots * panel * queries;
@@ -81,42 +89,39 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
     const auto query_slot = [&](int tile, int p) {
         return shared + (keeps_queries ? p : (tile * key_panels + p) % query_slots) * panel * queries;
     };
+    int fetched_tile = 0, fetched_panel = 0;  // the next to fetch
     const auto fetch = [&](int step) {
-        Panel<T> from;
+        T* const to = ring + step % forward_stages * panel_elements;
         if (step < attention_steps) {
-            const int tile = step / tile_steps, p = step % tile_steps;
+            const int tile = fetched_tile, p = fetched_panel;
+            if (++fetched_panel == tile_steps) fetched_panel = 0, ++fetched_tile;
             const bool is_key = p < key_panels;
             const int first = (is_key ? p : p - key_panels) * panel, left = (is_key ? key_width : values) - first;
-            const int rows = min(ceil_div(max(left, 0), 16) * 16, panel);
+            const int rows = min(ceil_div(max(left, 0), 32) * 32, panel);
             const std::int64_t offset = static_cast<std::int64_t>(first) * positions;
+            Panel<T> from = {(is_key ? key : value) + offset + tile * keys,
+                             positions,
+                             rows,
+                             left,
+                             positions - tile * keys,
+                             arguments.vectors};
+            from.template copy_to<keys, Plan::threads>(to);
             if (is_key && (tile == 0 || !keeps_queries)) {
-                const Panel<T> own = {query + offset + first_query,
-                                      positions,
-                                      queries / chunk_size<T>,
-                                      rows,
-                                      left,
-                                      positions - first_query,
-                                      arguments.vectors};
-                own.copy_to(query_slot(tile, p));
+                from.data = query + offset + first_query;
+                from.size = positions - first_query;
+                from.template copy_to<queries, Plan::threads>(query_slot(tile, p));
             }
-            from = {(is_key ? key : value) + offset + tile * keys,
-                    positions,
-                    keys / chunk_size<T>,
-                    rows,
-                    left,
-                    positions - tile * keys,
-                    arguments.vectors};
-        } else {
-            const int p = step - attention_steps, channel = p / w_panels * w_rows, first = p % w_panels * w_depth;
-            from = {w_out + static_cast<std::int64_t>(channel) * values + first,
-                    values,
-                    w_depth / chunk_size<T>,
-                    w_rows,
-                    channels - channel,
-                    values - first,
-                    arguments.w_vectors};
+        } else if (step < steps) {
+            const int p = step - attention_steps, first = p % w_panels * w_depth;
+            const int channel = first_channel + p / w_panels * w_rows;
+            const Panel<T> from = {w_out + static_cast<std::int64_t>(channel) * values + first,
+                                   values,
+                                   w_rows,
+                                   last_channel - channel,
+                                   values - first,
+                                   arguments.w_vectors};
+            from.template copy_to<w_depth, Plan::threads>(to);
         }
-        if (step < steps) from.copy_to(ring + step % forward_stages * panel_elements);
         cp_async_commit();
     };
     int step = 0;
@@ -126,6 +131,7 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
         fetch(step + forward_stages - 1);
         return ring + step++ % forward_stages * panel_elements;
     };
+#pragma unroll 1
     for (int first = 0; first < forward_stages - 1; ++first) fetch(first);
 
     const int lane = threadIdx.x % warp_size, warp_query = threadIdx.x / warp_size * 16;
@@ -138,11 +144,12 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
             const int depth = min(key_width - p * panel, panel);
 #pragma unroll 1  // or the operands fetched ahead take too many registers
             for (int k = 0; k < depth; k += 16) {
-                Operand<T> a, b;
+                Operand<T> a;
+                Right<T> b;
                 load_operand<queries, true>(a, query_panel, warp_query, k);
 #pragma unroll
                 for (int j = 0; j < keys / 16; ++j) {
-                    load_operand<keys, true>(b, key_panel, 16 * j, k);
+                    load_right<keys, true>(b, key_panel, 16 * j, k);
                     multiply<T>(logits[j], a, b);
                 }
             }
@@ -203,14 +210,16 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
         for (int p = 0; p < value_panels; ++p) {
             const T* const value_panel = next_panel();
 #pragma unroll
-            for (int j = 0; j < keys / 16; ++j) {
-                if (16 * j >= left) break;
+            for (int i = 0; i < panel / 16; i += 2) {
+                if (p * panel + 16 * i >= values) break;
 #pragma unroll
-                for (int i = 0; i < panel / 16; ++i) {
-                    if (p * panel + 16 * i >= values) break;
-                    Operand<T> b;
-                    load_operand<keys, false>(b, value_panel, 16 * i, 16 * j);
-                    multiply<T>(out[p * (panel / 16) + i], powers[j], b);
+                for (int j = 0; j < keys / 16; ++j) {
+#pragma unroll
+                    for (int n = i; n < i + 2; ++n) {
+                        Right<T> b;
+                        load_right<keys, false>(b, value_panel, 16 * n, 16 * j);
+                        multiply<T>(out[p * (panel / 16) + n], powers[j], b);
+                    }
                 }
             }
         }
@@ -225,7 +234,7 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
         total[lower] += shuffle_xor(total[lower], 2);
         inverse[lower] = 1 / total[lower];
         const int q = first_query + warp_query + lane / 4 + 8 * lower;
-        if (blockIdx.y == 0 && lane % 4 == 0 && q < positions) {
+        if (writes_out && blockIdx.y == 0 && lane % 4 == 0 && q < positions) {
             float* const lse = arguments.lse + image * 2 * positions + q;
             lse[0] = maximum[lower];
             lse[positions] = logf(total[lower]);
@@ -237,9 +246,10 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
     const int row = first_query + warp_query;
 #pragma unroll
     for (int i = 0; i < width / 16; ++i) {
-        if (16 * i >= values) break;
+        if (i % 2 == 0 && 16 * i >= values) break;  // what follows takes two at a time
         Pairs<T> turned;
         round_block<T>(rounded[i], out[i], inverse[0], inverse[1]);
+        if (!writes_out) continue;
         if constexpr (sizeof(T) == 2) {
             Operand<T> rest;
             round_rest<T>(rest, out[i], inverse[0], inverse[1], rounded[i]);
@@ -271,38 +281,45 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
 #pragma unroll
     for (int i = 0; i < width / 16; ++i) prepare<T>(rounded[i]);
 
-    for (int channel = 0; channel < channels; channel += w_rows) {
-        Block products[w_rows / 16] = {};
-        Pairs<T> residual[w_rows / 16];
+    const auto project = [&](auto last) {  // y is channels_last
+        for (int channel = first_channel; channel < last_channel; channel += w_rows) {
+            Block products[w_rows / 16] = {};
+            Pairs<T> residual[w_rows / 16];
 #pragma unroll
-        for (int j = 0; j < w_rows / 16; ++j) {
-            const int c = channel + 16 * j;
-            y.load_residual(residual[j], arguments.y_is_channels_last ? row : c,
-                            arguments.y_is_channels_last ? c : row);
-        }
+            for (int j = 0; j < w_rows / 16; ++j) {
+                const int c = channel + 16 * j;
+                y.load_residual(residual[j], last.value ? row : c, last.value ? c : row);
+            }
 #pragma unroll
-        for (int p = 0; p < w_panels; ++p) {
-            const T* const w_panel = next_panel();
+            for (int p = 0; p < w_panels; ++p) {
+                const T* const w_panel = next_panel();
 #pragma unroll
-            for (int i = 0; i < w_depth / 16; ++i) {
-                if (p * w_depth + 16 * i >= values) break;
-#pragma unroll
-                for (int j = 0; j < w_rows / 16; ++j) {
-                    Operand<T> w;
-                    load_operand<w_depth, false>(w, w_panel, 16 * j, 16 * i);
+                for (int i = 0; i < w_depth / 16; ++i) {
+                    if (i % 2 == 0 && p * w_depth + 16 * i >= values) break;
                     const Operand<T>& o = rounded[p * (w_depth / 16) + i];
-                    if (arguments.y_is_channels_last) multiply<T>(products[j], o, w);
-                    else multiply<T>(products[j], w, o);
+#pragma unroll
+                    for (int j = 0; j < w_rows / 16; ++j) {
+                        if constexpr (last.value) {
+                            Right<T> w;
+                            load_right<w_depth, false>(w, w_panel, 16 * j, 16 * i);
+                            multiply<T>(products[j], o, w);
+                        } else {
+                            Operand<T> w;
+                            load_operand<w_depth, false>(w, w_panel, 16 * j, 16 * i);
+                            multiply<T>(products[j], w, Right<T>(o));
+                        }
+                    }
                 }
             }
-        }
 #pragma unroll
-        for (int j = 0; j < w_rows / 16; ++j) {
-            const int c = channel + 16 * j;
-            y.store(products[j], residual[j], arguments.y_is_channels_last ? row : c,
-                    arguments.y_is_channels_last ? c : row);
+            for (int j = 0; j < w_rows / 16; ++j) {
+                const int c = channel + 16 * j;
+                y.store(products[j], residual[j], last.value ? row : c, last.value ? c : row);
+            }
         }
-    }
+    };
+    if (arguments.y_is_channels_last) project(std::true_type());
+    else project(std::false_type());
 }
 
 }  // namespace

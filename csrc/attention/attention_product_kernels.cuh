@@ -49,7 +49,6 @@ struct SliceCopier {
     const ProductOperand& operand;
     const int tile_row, chunk, place;  // of the first of them
     const int first, rows;             // of the tile's rows, and how many the operand has
-    const std::int64_t step;           // from slice to slice
     const T* from[share];              // at the next slice
 
     __device__ SliceCopier(const ProductOperand& operand, int first, int rows)
@@ -58,8 +57,7 @@ struct SliceCopier {
           chunk(threadIdx.x % chunks),
           place(chunk_place<T>(chunks, tile_row, chunk)),
           first(first),
-          rows(rows),
-          step(product_depth<T> * operand.sum_stride) {}
+          rows(rows) {}
 
     // Before the first slice of a part of the sum.
     __device__ void begin(const ProductSlice& slice, const int (&row_ends)[max_parts], bool stacked) {
@@ -83,12 +81,35 @@ struct SliceCopier {
             const int in_tile = tile_row + i * rows_apart;
             const int filled = along ? (first + in_tile < rows ? left - size * chunk : 0)
                                      : (in_tile < left ? rows - first - size * chunk : 0);
-            copy_chunk(tile + place + i * product_threads * size, from[i], filled,
-                       along ? operand.sum_stride : operand.row_stride, operand.vectors);
-            from[i] += step;
+            T* const to = tile + place + i * product_threads * size;
+            if (operand.vectors) copy_vector(to, from[i], filled);
+            else copy_elements(to, from[i], filled, along ? operand.sum_stride : operand.row_stride);
+            from[i] += product_depth<T> * operand.sum_stride;
         }
     }
 };
+
+// One slice of the sum, for a warp's part of the result. All of it, whatever its columns: a branch for every 16 would
+// keep the compiler from loading operands while others are multiplied.
+template <typename T, bool a_along, bool b_along>
+__device__ inline void multiply_slice(Block (&sums)[2][4], const T* tile, int warp_row, int warp_column) {
+    constexpr int depth = product_depth<T>;
+#pragma unroll
+    for (int k = 0; k < depth; k += 16) {
+        Operand<T> left[2];
+        Right<T> right;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            load_operand<a_along ? depth : product_side, !a_along>(left[i], tile, warp_row + 16 * i, k);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            load_right<b_along ? depth : product_side, !b_along>(right, tile + product_slice<T>, warp_column + 16 * j, k);
+            multiply<T>(sums[0][j], left[0], right);
+            multiply<T>(sums[1][j], left[1], right);
+        }
+    }
+}
 
 // The sums of a warp, from (warp_row, warp_column) of the block's 128 × 128 on.
 template <typename T, bool a_along, bool b_along>
@@ -104,50 +125,34 @@ __device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shar
 
     SliceCopier<T, a_along> a(product.a, first_row, rows);
     SliceCopier<T, b_along> b(product.b, first_column, columns);
-    int fetched = 0, filling = 0;  // slices, and the stage for the next
-    const auto fetch = [&] {
-        if (fetched < slices) {
+    const auto fetch = [&](int slice) {
+        if (slice < slices) {
             if (next.k == 0) {
                 a.begin(next, product.row_ends, product.stacked);
                 b.begin(next, no_parts, false);
             }
-            T* const tile = shared + filling * 2 * size;
+            T* const tile = shared + slice % product_stages * 2 * size;
             const int left = product.depths[next.part] - next.k;
             a.copy(tile, left);
             b.copy(tile + size, left);
             next.advance(depth, product.depths);
-            ++fetched;
-            filling = filling + 1 == product_stages ? 0 : filling + 1;
         }
         cp_async_commit();
     };
 
     // A warp without a result has nothing to multiply, but copies with the others.
-    const int column_blocks = first_row + warp_row < rows ? ceil_div(columns - first_column - warp_column, 16) : 0;
-    for (int slice = 0; slice < product_stages - 1; ++slice) fetch();
-    int stage = 0;
-    for (int slice = 0; slice < slices; ++slice) {
-        cp_async_wait<product_stages - 2>();
-        __syncthreads();
-        fetch();
-        const T* const tile = shared + stage * 2 * size;
-        stage = stage + 1 == product_stages ? 0 : stage + 1;
-        if (column_blocks <= 0) continue;
-#pragma unroll
-        for (int k = 0; k < depth; k += 16) {
-            Operand<T> left[2], right;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                load_operand<a_along ? depth : product_side, !a_along>(left[i], tile, warp_row + 16 * i, k);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (j >= column_blocks) break;
-                load_operand<b_along ? depth : product_side, !b_along>(right, tile + size, warp_column + 16 * j, k);
-                multiply<T>(sums[0][j], left[0], right);
-                multiply<T>(sums[1][j], left[1], right);
-            }
+    const bool idle = first_row + warp_row >= rows || first_column + warp_column >= columns;
+    // Before the first slice there is nothing to wait for and to multiply.
+#pragma unroll 1
+    for (int slice = 1 - product_stages; slice < slices; ++slice) {
+        if (slice >= 0) {
+            cp_async_wait<product_stages - 2>();
+            __syncthreads();
         }
+        fetch(slice + product_stages - 1);
+        if (idle || slice < 0) continue;
+        const T* const tile = shared + slice % product_stages * 2 * size;
+        multiply_slice<T, a_along, b_along>(sums, tile, warp_row, warp_column);
     }
 }
 
@@ -198,13 +203,11 @@ __global__ void __launch_bounds__(product_threads, product_blocks_per_sm<T>)
             if (row + 16 <= begin || row >= end) continue;
             const BlockResult<T> result{product.results[part], blockIdx.z, end - begin, columns};
 #pragma unroll
-            for (int j = 0; j < 4; j += 2) {  // more residuals at once would take too many registers
-                Pairs<T> residual[2];
+            for (int j = 0; j < 4; ++j) {
+                Pairs<T> residual;
                 const int column = first_column + warp_column + 16 * j;
-                result.load_residual(residual[0], row - begin, column);
-                result.load_residual(residual[1], row - begin, column + 16);
-                result.store(sums[i][j], residual[0], row - begin, column);
-                result.store(sums[i][j + 1], residual[1], row - begin, column + 16);
+                result.load_residual(residual, row - begin, column);
+                result.store(sums[i][j], residual, row - begin, column);
             }
         }
     }

@@ -7,7 +7,8 @@
 // block is
 //   {{d[g][2t], d[g][2t+1], d[g+8][2t], d[g+8][2t+1]}, {the same of d[·][8 + ·]}}.
 // An operand of 16-bit elements is what mma_m16n8k16 takes. One of 32-bit elements is two of mma_m16n8k8_tf32, which
-// has t and t + 4 of the sum where a result has 2t and 2t + 1; since the order of a sum is free, so are these names.
+// has t and t + 4 of the sum where a result has 2t and 2t + 1; since the order of a sum is free, so are these names. fp32
+// is multiplied as TF32 in two parts each.
 #pragma once
 
 #include <cmath>
@@ -55,15 +56,10 @@ __device__ inline int chunk_place(int chunks, int row, int chunk) {
     return (row * chunks + (chunk ^ turn)) * chunk_size<T>;
 }
 
-// Begins to fill a chunk with `size` elements (at most a chunk's, or none) and then zeros. Neighbours are `stride`
-// elements apart; with `vectors` they lie side by side from a multiple of 16 bytes on. What cannot be copied
-// asynchronously is stored.
+// Fills a chunk with `size` elements (at most a chunk's, or none), `stride` apart, and then zeros. Not inlined: a kernel
+// has many places where it may copy so, and instructions that are never run would still stand between those that are.
 template <typename T>
-__device__ inline void copy_chunk(T* to, const T* from, int size, std::int64_t stride, bool vectors) {
-    if (vectors) {
-        cp_async_16(to, from, min(max(size, 0), chunk_size<T>) * static_cast<int>(sizeof(T)));
-        return;
-    }
+__device__ __attribute__((noinline)) void copy_elements(T* to, const T* from, int size, std::int64_t stride) {
     const auto element = [&](int e) -> std::uint32_t { return e < size ? from[e * stride].bits : 0; };
     std::uint32_t words[4];
 #pragma unroll
@@ -74,22 +70,39 @@ __device__ inline void copy_chunk(T* to, const T* from, int size, std::int64_t s
     store_shared_16(to, make_uint4(words[0], words[1], words[2], words[3]));
 }
 
-// Part of a matrix for a tile of `rows` rows and 8, 16 or 32 chunks: `filled` rows are there, `stride` apart, with
-// `size` elements each.
+// The same where they lie side by side from a multiple of 16 bytes on; in flight until a cp_async_wait.
+template <typename T>
+__device__ inline void copy_vector(T* to, const T* from, int size) {
+    cp_async_16(to, from, min(max(size, 0), chunk_size<T>) * static_cast<int>(sizeof(T)));
+}
+
+// Part of a matrix: `rows` of a tile's rows are to be filled, of which `filled` are there, `stride` apart, with `size`
+// elements each.
 template <typename T>
 struct Panel {
     const T* data;
-    int stride, chunks, rows, filled, size;
+    int stride, rows, filled, size;
     bool vectors;
 
+    // To a tile with rows of `length` elements, by `threads` threads.
+    template <int length, int threads>
     __device__ void copy_to(T* tile) const {
-        const int shift = chunks == 8 ? 3 : chunks == 16 ? 4 : 5;
+        constexpr int chunks = length / chunk_size<T>, rows_apart = threads / chunks;
+        // What depends on the thread is found once: its chunks lie in one column, in whose rows the order repeats itself.
+        static_assert(rows_apart % 8 == 0 || sizeof(T) == 4, "the order of chunks repeats itself after eight rows");
+        const int first = threadIdx.x / chunks, chunk = threadIdx.x % chunks, there = size - chunk * chunk_size<T>;
+        const T* from = data + static_cast<std::int64_t>(first) * stride + chunk * chunk_size<T>;
+        T* to = tile + chunk_place<T>(chunks, first, chunk);
+        const auto copy_all = [&](const auto& copy) {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
-            const int row = i >> shift, chunk = i & (chunks - 1), first = chunk * chunk_size<T>;
-            const T* const from = data + static_cast<std::int64_t>(row) * stride + first;
-            copy_chunk(tile + chunk_place<T>(chunks, row, chunk), from, row < filled ? size - first : 0, 1, vectors);
-        }
+            for (int row = first; row < rows; row += rows_apart) {
+                if constexpr (rows_apart % 8) to = tile + chunk_place<T>(chunks, row, chunk);
+                copy(to, from, row < filled ? there : 0);
+                from += static_cast<std::int64_t>(rows_apart) * stride, to += rows_apart * length;
+            }
+        };
+        if (vectors) copy_all([](T* to, const T* from, int size) { copy_vector(to, from, size); });
+        else copy_all([](T* to, const T* from, int size) { copy_elements(to, from, size, 1); });
     }
 };
 
@@ -162,15 +175,16 @@ __device__ inline void prepare(Operand<T>& operand) {
 // Rows `row` … of one side and elements `k` … of the sum, multiples of 16, from a tile with rows of `length` elements.
 // These are the side's rows, or (`across`) the sum's. What depends on the lane is computed once: the chunk, a multiple
 // of 2, only changes bits that a lane's own place has to itself.
-template <int length, bool across, typename T>
+template <int length, bool across, bool right = false, typename T>
 __device__ inline void load_operand(Operand<T>& operand, const T* tile, int row, int k) {
     constexpr int chunks = length / chunk_size<T>;
     const int lane = threadIdx.x % warp_size;
+    const int first = lane / 8 % 2, second = lane / 16;  // halves of rows and of the sum, of the lane's own matrix
     if constexpr (sizeof(T) == 2 && across) {
-        const int own = chunk_place<T>(chunks, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+        const int own = chunk_place<T>(chunks, (right ? first : second) * 8 + lane % 8, right ? second : first);
         ldmatrix_x4_trans(operand, tile + k * length + (own ^ row));
     } else if constexpr (sizeof(T) == 2) {
-        const int own = chunk_place<T>(chunks, lane % 16, lane / 16);
+        const int own = chunk_place<T>(chunks, (right ? second : first) * 8 + lane % 8, right ? first : second);
         ldmatrix_x4(operand, tile + row * length + (own ^ k));
     } else {
 #pragma unroll
@@ -193,41 +207,65 @@ __device__ inline void load_operand(Operand<T>& operand, const T* tile, int row,
     }
 }
 
-// Exact: every lane multiplies for its own elements of d what it has other lanes send it.
-__device__ inline void multiply_exactly(Block& d, const Operand<fp32>& a, const Operand<fp32>& b) {
-    const int lane = threadIdx.x % warp_size;
-#pragma unroll 1
-    for (int owner = 0; owner < 4; ++owner) {
+// The right side of a product: the registers of an operand, those side by side that an instruction takes together.
+template <typename T>
+struct Right {
+    Operand<T> registers;
+
+    Right() = default;
+    __device__ explicit Right(const Operand<T>& operand) {
 #pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            const float upper = shuffle(__uint_as_float(a[i]), lane / 4 * 4 + owner);
-            const float lower = shuffle(__uint_as_float(a[i + 1]), lane / 4 * 4 + owner);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const float right = shuffle(__uint_as_float(b[i + half]), lane % 4 * 8 + 4 * c + owner);
-                    d[half][c] = fmaf(upper, right, d[half][c]);
-                    d[half][2 + c] = fmaf(lower, right, d[half][2 + c]);
-                }
-            }
+        for (int i = 0; i < static_cast<int>(2 * sizeof(T)); ++i) {
+            registers[i] = operand[sizeof(T) == 2 ? i % 2 * 2 + i / 2 : i];
         }
+    }
+};
+
+template <int length, bool across, typename T>
+__device__ inline void load_right(Right<T>& right, const T* tile, int row, int k) {
+    load_operand<length, across, true>(right.registers, tile, row, k);
+}
+
+__device__ inline void multiply_tf32(Block& d, const Operand<tf32>& a, const Operand<tf32>& b) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        mma_m16n8k8_tf32(d[0], {a[i], a[i + 1], a[i + 2], a[i + 3]}, {b[i], b[i + 2]});
+        mma_m16n8k8_tf32(d[1], {a[i], a[i + 1], a[i + 2], a[i + 3]}, {b[i + 1], b[i + 3]});
     }
 }
 
-template <typename T>
-__device__ inline void multiply(Block& d, const Operand<T>& a, const Operand<T>& b) {
-    if constexpr (sizeof(T) == 2) {
-        mma_m16n8k16<T>(d[0], a, {b[0], b[2]});
-        mma_m16n8k16<T>(d[1], a, {b[1], b[3]});
-    } else if constexpr (std::is_same_v<T, tf32>) {
+// What TF32 has of a float, and of what that leaves.
+struct Split {
+    Operand<tf32> high, low;
+
+    __device__ explicit Split(const Operand<fp32>& operand) {
 #pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-            mma_m16n8k8_tf32(d[0], {a[i], a[i + 1], a[i + 2], a[i + 3]}, {b[i], b[i + 2]});
-            mma_m16n8k8_tf32(d[1], {a[i], a[i + 1], a[i + 2], a[i + 3]}, {b[i + 1], b[i + 3]});
+        for (int i = 0; i < 8; ++i) {
+            const float x = __uint_as_float(operand[i]);
+            high[i] = tf32_bits(x);
+            low[i] = tf32_bits(x - __uint_as_float(high[i]));
         }
+    }
+};
+
+// Of float32, three of the four products of the parts; the fourth is below its rounding. The small ones are added first.
+template <typename T>
+__device__ inline void multiply(Block& d, const Operand<T>& a, const Right<T>& right) {
+    const Operand<T>& b = right.registers;
+    if constexpr (sizeof(T) == 2) {
+        mma_m16n8k16<T>(d[0], a, {b[0], b[1]});
+        mma_m16n8k16<T>(d[1], a, {b[2], b[3]});
+    } else if constexpr (std::is_same_v<T, tf32>) {
+        multiply_tf32(d, a, b);
     } else {
-        multiply_exactly(d, a, b);
+        // The tensor cores cut off what a sum has too many bits for: they make sums of 16 products only.
+        const Split x(a), y(b);
+        Block sum = {};
+        multiply_tf32(sum, x.low, y.high);
+        multiply_tf32(sum, x.high, y.low);
+        multiply_tf32(sum, x.high, y.high);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) d[e / 4][e % 4] += sum[e / 4][e % 4];
     }
 }
 
