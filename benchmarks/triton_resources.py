@@ -7,7 +7,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,9 @@ class Usage:
 def recorded(
     positions: int, channels: int, width: int, value_width: int, dtype: torch.dtype, *, batch: int = 64,
     w_out: bool = True, biases: bool = False, memory_format: torch.memory_format = torch.contiguous_format,
+    target: str = "sm_80",
 ) -> list[Launch]:  # fmt: skip
-    """The launches of a forward and a backward call with these sizes, and nothing computed."""
+    """The launches of a forward and a backward call with these sizes on ``target``, and nothing computed."""
     kept: list[Launch] = []
 
     def record(
@@ -84,13 +85,13 @@ def recorded(
     on_meta = operation._empty_on(x.device)
     y, *saved = operation._forward_outputs(x, parameters[0], parameters[2], on_meta)  # type: ignore[arg-type]
     gradients = operation._gradient_outputs([x, *parameters], needs, on_meta)
-    launch: Callable[..., None] = launches._launch
-    launches._launch = record
+    launch, hopper = launches._launch, launches._hopper
+    launches._launch, launches._hopper = record, lambda: target == "sm_90"
     try:
         launches.forward(x, parameters, y, saved)
         launches.backward(y, x, parameters, saved, needs, gradients)
     finally:
-        launches._launch = launch
+        launches._launch, launches._hopper = launch, hopper
     return kept
 
 
@@ -140,8 +141,8 @@ def main() -> None:
         for name in options.dtypes:
             torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
             dtype = torch.float32 if name == "tf32" else getattr(torch, name)
-            for launch in recorded(positions, channels, width, width, dtype):
-                for target in options.targets:
+            for target in options.targets:
+                for launch in recorded(positions, channels, width, width, dtype, target=target):
                     used = usage(compiled(launch, target))
                     print(
                         f"{launch.name:<36} {f'{positions}, {channels}, {width}':<15} {name:<9} {target:<7} "

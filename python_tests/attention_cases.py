@@ -1,6 +1,7 @@
 """Inputs of the attention operation for its tests, the block as eager modules write it, the check against float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from float64_rule import assert_close_to_float64
@@ -87,6 +88,46 @@ def literal(inputs: Inputs) -> Tensor:
     return gamma * out + x
 
 
+class _Tf32Product(torch.autograd.Function):
+    """a @ b and its gradients, every operand as TF32: what torch does only for sizes that cuBLAS finds fit."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, half: int) -> Tensor:
+        ctx.half = half
+        ctx.save_for_backward(a, b)
+        return to_tf32(a, half) @ to_tf32(b, half)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b, grad = (to_tf32(t, ctx.half) for t in (*ctx.saved_tensors, grad))
+        return grad @ b.mT, a.mT @ grad, None
+
+
+def to_tf32(x: Tensor, half: int) -> Tensor:
+    """With 10 bits after the point: the nearest such number where ``half`` is half of the last bit, cut off where 0."""
+    return ((x.contiguous().view(torch.int32) + half) & ~0x1FFF).view(torch.float32)
+
+
+def literal_in_tf32(inputs: Inputs, half: int = 0x1000) -> Tensor:
+    """``literal`` of float32, multiplied as TF32: of the nearest numbers, or as the tensor cores take a float32."""
+    x, w_query, w_key, w_value, w_out, gamma, b_query, b_key, b_value, b_out = inputs
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return _Tf32Product.apply(a, b, half)
+
+    def convolution(weight: Tensor, image: Tensor, bias: Tensor | None) -> Tensor:
+        result = product(weight.expand(len(image), -1, -1), image)
+        return result if bias is None else result + bias[:, None]
+
+    flat = x.flatten(2)
+    query, key, value = (
+        convolution(w, flat, b) for w, b in ((w_query, b_query), (w_key, b_key), (w_value, b_value))
+    )
+    out = product(value, torch.softmax(product(query.mT, key), dim=-1).mT)
+    out = out if w_out is None else convolution(w_out, out, b_out)
+    return gamma * out.view(x.shape) + x
+
+
 def with_gradients(function: object, inputs: Inputs, grad_y: Tensor) -> list[Tensor]:
     """The output, then the gradient of every input that is there."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
@@ -94,8 +135,12 @@ def with_gradients(function: object, inputs: Inputs, grad_y: Tensor) -> list[Ten
     return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], grad_y)]
 
 
-def check(draws: list[Inputs], backend: str | None) -> list[Tensor]:
+def check(
+    draws: list[Inputs], backend: str | None, plainly: Callable[[Inputs], Tensor] = literal
+) -> list[Tensor]:
     """Holds output and every gradient against float64, and asserts that they are not trivially right.
+
+    ``plainly`` is what its error is compared with.
 
     Several draws of one size are compared as one tensor: of a single number, such as gamma's gradient, one draw would
     say little about plain torch's error.
@@ -108,7 +153,8 @@ def check(draws: list[Inputs], backend: str | None) -> list[Tensor]:
         with dispatch.record() as calls:
             ours.append(with_gradients(lambda t: call(t, backend), inputs, grad_y))
         assert calls == [("attention_forward", expected), ("attention_backward", expected)]
-        plain.append(with_gradients(literal, inputs, grad_y))
+        with torch.backends.cudnn.flags(allow_tf32=False):  # which its convolutions take by default
+            plain.append(with_gradients(plainly, inputs, grad_y))
         exact.append(with_gradients(literal, [None if t is None else t.double() for t in inputs], grad_y.double()))
     names = ["y", *[name for name, t in zip(NAMES, inputs, strict=True) if t is not None]]
     columns = [[torch.stack(parts) for parts in zip(*results, strict=True)] for results in (ours, plain, exact)]

@@ -67,7 +67,8 @@ def _cuda() -> dict[str, Any]:
 
 def _backends(operation: str, device: torch.device) -> dict[str, Any]:
     """The backend that ``auto`` takes for float32 on ``device``, and the reasons against those before it."""
-    reasons = {name: dispatch.why_not(operation, name, device, torch.float32) for name in dispatch.BACKENDS}
+    order = dispatch.order(operation, device, torch.float32)
+    reasons = {name: dispatch.why_not(operation, name, device, torch.float32) for name in order}
     taken = next(name for name, reason in reasons.items() if reason is None)
     return {"taken": taken, "why_not": {name: reason for name, reason in reasons.items() if reason}}
 

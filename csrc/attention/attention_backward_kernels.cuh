@@ -301,8 +301,8 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm<T>)
         if (has_b) accumulate(grad_b, p_rounded, of_slice + size, arguments.value_width - slice * panel);
     }
 
-    const float gamma = *arguments.gamma;
-    const auto store = [&](const Block(&grad)[panel / 16], void* to, int width) {
+    const float gamma = *arguments.gamma, gamma_of_logits = positions > 1 ? gamma : 0;  // one key has all the attention
+    const auto store = [&](const Block(&grad)[panel / 16], void* to, int width, float scale) {
         const int channels = width - slice * panel;
         T* const data = static_cast<T*>(to) + (image * width + slice * panel) * positions;
 #pragma unroll
@@ -310,12 +310,14 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm<T>)
             if (idle || 16 * i >= channels) break;
             Operand<T> rounded;
             Pairs<T> turned;
-            round_block<T>(rounded, grad[i], gamma, gamma);
+            round_block<T>(rounded, grad[i], scale, scale);
             store_turned(data, channels, positions, 16 * i, first_own + warp_own, arguments.pairs, rounded, turned);
         }
     };
-    if (has_a) store(grad_a, own_keys ? arguments.grad_key : arguments.grad_query, arguments.key_width);
-    if (has_b) store(grad_b, arguments.grad_value, arguments.value_width);
+    if (has_a) {
+        store(grad_a, own_keys ? arguments.grad_key : arguments.grad_query, arguments.key_width, gamma_of_logits);
+    }
+    if (has_b) store(grad_b, arguments.grad_value, arguments.value_width, gamma);
 }
 
 // ---- sums over blocks ----

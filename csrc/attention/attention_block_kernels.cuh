@@ -134,10 +134,10 @@ __global__ void __launch_bounds__(block_threads, 1)
         });
     }
 
-    const float gamma = *arguments.gamma;
+    const float gamma = *arguments.gamma, gamma_of_logits = positions > 1 ? gamma : 0;  // one key has all the attention
     const int first_row = warp / 2 * 32, first_channel = warp % 2 * 32;  // of a gradient
     // One panel of a gradient: gamma · the weights, or their transpose, times a panel.
-    const auto gradient = [&](auto transposed, const T* from, void* to, int width, int p) {
+    const auto gradient = [&](auto transposed, const T* from, void* to, int width, int p, float scale) {
         const int channels = width - p * panel;
         if (first_row >= positions || first_channel >= channels) return;
         Block sums[2][2] = {};
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(block_threads, 1)
             for (int j = 0; j < 2; ++j) {
                 Operand<T> rounded;
                 Pairs<T> turned;
-                round_block<T>(rounded, sums[i][j], gamma, gamma);
+                round_block<T>(rounded, sums[i][j], scale, scale);
                 store_turned(data, channels, positions, first_channel + 16 * j, first_row + 16 * i, arguments.pairs,
                              rounded, turned);
             }
@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(block_threads, 1)
     const std::false_type as_it_stands;
     for (int p = 0; p < a_panels; ++p) {
         const T* const both = next_panels();
-        gradient(as_it_stands, both + size, arguments.grad_query, arguments.key_width, p);
-        gradient(transposed, both, arguments.grad_key, arguments.key_width, p);
+        gradient(as_it_stands, both + size, arguments.grad_query, arguments.key_width, p, gamma_of_logits);
+        gradient(transposed, both, arguments.grad_key, arguments.key_width, p, gamma_of_logits);
     }
     __syncthreads();  // e is no longer needed
     for_blocks([&](int i, int j) { keep(p_rounded[i][j], i, j); });
     for (int p = 0; p < b_panels; ++p) {
-        gradient(transposed, next_panels(), arguments.grad_value, arguments.value_width, p);
+        gradient(transposed, next_panels(), arguments.grad_value, arguments.value_width, p, gamma);
     }
 }
 

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
     using Plan = ForwardPlan<T, width>;
     constexpr int query_slots = Plan::query_slots, queries = Plan::queries, keys = Plan::keys, panel = Plan::panel;
     constexpr int value_panels = width / panel, panel_elements = panel * keys;
-    constexpr int w_rows = 128 / sizeof(T), max_depth = panel_elements / w_rows, w_depth = width < max_depth ? width : max_depth,
+    constexpr int w_rows = sizeof(T) == 2 && width > 64 ? 64 : 32, max_depth = panel_elements / w_rows, w_depth = width < max_depth ? width : max_depth,
                   w_panels = width / w_depth;
     SABMN_DYNAMIC_SHARED(T, shared);
 

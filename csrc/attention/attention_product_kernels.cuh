@@ -76,16 +76,23 @@ struct SliceCopier {
 
     // `left` elements of the sum are left.
     __device__ void copy(T* tile, int left) {
+        T* const to = tile + place;
+        constexpr int apart = product_threads * size;
+        if (operand.vectors && rows - first >= product_side && left >= product_depth<T>) {
 #pragma unroll
-        for (int i = 0; i < share; ++i) {
-            const int in_tile = tile_row + i * rows_apart;
-            const int filled = along ? (first + in_tile < rows ? left - size * chunk : 0)
-                                     : (in_tile < left ? rows - first - size * chunk : 0);
-            T* const to = tile + place + i * product_threads * size;
-            if (operand.vectors) copy_vector(to, from[i], filled);
-            else copy_elements(to, from[i], filled, along ? operand.sum_stride : operand.row_stride);
-            from[i] += product_depth<T> * operand.sum_stride;
+            for (int i = 0; i < share; ++i) cp_async_16(to + i * apart, from[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < share; ++i) {
+                const int in_tile = tile_row + i * rows_apart;
+                const int filled = along ? (first + in_tile < rows ? left - size * chunk : 0)
+                                         : (in_tile < left ? rows - first - size * chunk : 0);
+                if (operand.vectors) copy_vector(to + i * apart, from[i], filled);
+                else copy_elements(to + i * apart, from[i], filled, along ? operand.sum_stride : operand.row_stride);
+            }
         }
+#pragma unroll
+        for (int i = 0; i < share; ++i) from[i] += product_depth<T> * operand.sum_stride;
     }
 };
 

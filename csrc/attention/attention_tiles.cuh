@@ -56,10 +56,9 @@ __device__ inline int chunk_place(int chunks, int row, int chunk) {
     return (row * chunks + (chunk ^ turn)) * chunk_size<T>;
 }
 
-// Fills a chunk with `size` elements (at most a chunk's, or none), `stride` apart, and then zeros. Not inlined: a kernel
-// has many places where it may copy so, and instructions that are never run would still stand between those that are.
+// Fills a chunk with `size` elements (at most a chunk's, or none), `stride` apart, and then zeros.
 template <typename T>
-__device__ __attribute__((noinline)) void copy_elements(T* to, const T* from, int size, std::int64_t stride) {
+__device__ inline void copy_elements(T* to, const T* from, int size, std::int64_t stride) {
     const auto element = [&](int e) -> std::uint32_t { return e < size ? from[e * stride].bits : 0; };
     std::uint32_t words[4];
 #pragma unroll
@@ -338,27 +337,31 @@ struct BlockResult {
     std::int64_t image;
     int rows, columns;
 
-    template <typename Work>
-    __device__ void for_pairs(int row, int column, const Work& work) const {
+    // Where all of the block is there, and its pairs can be moved, nothing is asked for each of them.
+    __device__ bool whole(int row, int column) const {
+        return result.pairs && row >= 0 && row + 16 <= rows && column + 16 <= columns;
+    }
+
+    template <typename Whole, typename Work>
+    __device__ void for_pairs(Whole whole, int row, int column, const Work& work) const {
         const int lane = threadIdx.x % warp_size;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int lower = 0; lower < 2; ++lower) {
                 const int r = row + lane / 4 + 8 * lower, c = column + 8 * half + lane % 4 * 2;
-                if (r >= 0 && r < rows && c < columns) work(r, c, half, lower);
+                if (whole.value || (r >= 0 && r < rows && c < columns)) work(r, c, half, lower);
             }
         }
     }
 
-    // The residual is fetched early: many loads are to be under way at once.
-    __device__ void load_residual(Pairs<T>& kept, int row, int column) const {
-        if (!result.residual) return;
+    template <typename Whole>
+    __device__ void load_pairs(Whole whole, Pairs<T>& kept, int row, int column) const {
         const T* const from = static_cast<const T*>(result.residual) + image * result.residual_batch_stride;
-        for_pairs(row, column, [&](int r, int c, int half, int lower) {
+        for_pairs(whole, row, column, [&](int r, int c, int half, int lower) {
             const T* const start = from + r * result.residual_row_stride;
             Pair<T>& both = kept[2 * half + lower];
-            if (result.pairs) {
+            if (whole.value || result.pairs) {
                 both = *reinterpret_cast<const Pair<T>*>(start + c);
             } else {
                 const T* const at = start + c * result.residual_column_stride;
@@ -367,31 +370,50 @@ struct BlockResult {
         });
     }
 
-    __device__ void store(const Block& values, const Pairs<T>& residual, int row, int column) const {
-        const float scale = result.scale ? *result.scale : 1.0f;
-        const T* const bias = static_cast<const T*>(result.bias);
+    // The residual is fetched early: many loads are to be under way at once.
+    __device__ void load_residual(Pairs<T>& kept, int row, int column) const {
+        if (!result.residual) return;
+        if (whole(row, column)) load_pairs(std::true_type(), kept, row, column);
+        else load_pairs(std::false_type(), kept, row, column);
+    }
+
+    template <typename Whole>
+    __device__ void store_pairs(Whole whole, Block& x, const Pairs<T>& residual, int row, int column) const {
+        if (const T* const bias = static_cast<const T*>(result.bias)) {
+            for_pairs(whole, row, column, [&](int r, int c, int half, int lower) {
+                x[half][2 * lower] += bias[result.bias_of_rows ? r : c];
+                if (whole.value || c + 1 < columns) x[half][2 * lower + 1] += bias[result.bias_of_rows ? r : c + 1];
+            });
+        }
+        if (result.scale) {
+            const float scale = *result.scale;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) x[e / 4][e % 4] *= scale;
+        }
+        if (result.residual) {
+            for_pairs(whole, row, column, [&](int, int, int half, int lower) {
+                x[half][2 * lower] += left_of<T>(residual[2 * half + lower]);
+                x[half][2 * lower + 1] += right_of<T>(residual[2 * half + lower]);
+            });
+        }
         T* const to = static_cast<T*>(result.data) + image * result.batch_stride;
-        for_pairs(row, column, [&](int r, int c, int half, int lower) {
-            float2 x = make_float2(values[half][2 * lower], values[half][2 * lower + 1]);
-            const bool both = c + 1 < columns;
-            if (bias) {
-                x.x += bias[result.bias_of_rows ? r : c];
-                if (both) x.y += bias[result.bias_of_rows ? r : c + 1];
-            }
-            x.x *= scale, x.y *= scale;
-            if (result.residual) {
-                x.x += left_of<T>(residual[2 * half + lower]);
-                x.y += right_of<T>(residual[2 * half + lower]);
-            }
+        for_pairs(whole, row, column, [&](int r, int c, int half, int lower) {
+            const float left = x[half][2 * lower], right = x[half][2 * lower + 1];
             T* const start = to + r * result.row_stride;
-            if (result.pairs) {
-                *reinterpret_cast<Pair<T>*>(start + c) = join<T>(x.x, x.y);
+            if (whole.value || result.pairs) {
+                *reinterpret_cast<Pair<T>*>(start + c) = join<T>(left, right);
             } else {
                 T* const at = start + c * result.column_stride;
-                *at = static_cast<T>(x.x);
-                if (both) at[result.column_stride] = static_cast<T>(x.y);
+                *at = static_cast<T>(left);
+                if (c + 1 < columns) at[result.column_stride] = static_cast<T>(right);
             }
         });
+    }
+
+    // Changes `values`.
+    __device__ void store(Block& values, const Pairs<T>& residual, int row, int column) const {
+        if (whole(row, column)) store_pairs(std::true_type(), values, residual, row, column);
+        else store_pairs(std::false_type(), values, residual, row, column);
     }
 };
 

@@ -9,7 +9,7 @@ from typing import Any
 import native_stand_in
 import pytest
 import torch
-from float64_rule import assert_close_to_float64
+from attention_cases import check, draw, literal, literal_in_tf32
 from native_stand_in import DTYPES, at
 from torch import Tensor
 
@@ -181,24 +181,29 @@ def test_it_serves_no_float64() -> None:
     assert dispatch.why_not("attention_forward", "cuda", torch.device("cuda"), torch.float64) is not None
 
 
+# batch, channels, height, width, d, value width, biases, projection
+ON_A_GPU = [
+    (3, 24, 1, 1, 1, 1, True, True),
+    (3, 24, 7, 1, 17, 19, True, True),
+    (2, 72, 7, 7, 32, 72, False, False),
+    (2, 40, 127, 1, 40, 24, True, True),
+    (2, 130, 16, 8, 128, 128, True, True),
+    (2, 64, 43, 3, 200, 33, False, True),
+    (1, 96, 32, 16, 256, 256, True, True),
+    (1, 20, 16, 8, 320, 300, True, True),
+    (1, 64, 89, 23, 64, 64, True, True),
+]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("positions", [(16, 8), (7, 7), (32, 16)], ids=str)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_on_a_gpu(dtype: torch.dtype, positions: tuple[int, int], memory_format: torch.memory_format) -> None:
-    import sabmn_ext
-
-    def inputs(t: torch.dtype) -> list[Tensor]:
-        torch.manual_seed(0)
-        x = torch.randn(2, 64, *positions, dtype=dtype, device="cuda").to(memory_format=memory_format)
-        weights = [torch.randn(n, m, dtype=dtype, device="cuda") / m**0.5 for n, m in [(40, 64)] * 3 + [(64, 40)]]
-        return [tensor.to(t).requires_grad_() for tensor in (x, *weights, torch.tensor(0.7, device="cuda"))]
-
-    def call(t: torch.dtype, backend: str) -> list[Tensor]:
-        tensors = inputs(t)
-        y = sabmn_ext.functional.self_attention2d(*tensors, backend=backend)
-        return [y, *torch.autograd.grad(y, tensors, torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(t))]
-
-    ours, plain, exact = call(dtype, "cuda"), call(dtype, "torch"), call(torch.float64, "torch")
-    for a, b, c in zip(ours[:-1], plain[:-1], exact[:-1], strict=True):
-        assert_close_to_float64(a, b, c)
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "tf32"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("sizes", ON_A_GPU, ids=str)
+def test_on_a_gpu(
+    sizes: tuple[int, ...], layout: str, kind: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tf32 = kind == "tf32"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
+    dtype = torch.float32 if tf32 else getattr(torch, kind)
+    draws = [[None if t is None else t.cuda() for t in draw(sizes, 8 * seed + i, dtype, layout)] for i in range(8)]
+    check(draws, "cuda", literal_in_tf32 if tf32 else literal)

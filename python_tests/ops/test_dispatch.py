@@ -53,6 +53,21 @@ def test_reasons_of_a_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rule(GPU, torch.float32) == "not built"
 
 
+def test_triton_comes_first_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, dtype, first in (
+        ((9, 0), torch.bfloat16, "triton"),
+        ((9, 0), torch.float32, "cuda"),
+        ((8, 0), torch.bfloat16, "cuda"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        order = dispatch.order("attention_forward", GPU, dtype)
+        assert order[0] == first
+        assert sorted(order) == sorted(dispatch.BACKENDS)
+    assert dispatch.order("attention_forward", torch.device("cpu"), torch.bfloat16) == list(dispatch.BACKENDS)
+    assert dispatch.order("squared_norms", GPU, torch.bfloat16) == list(dispatch.BACKENDS)
+
+
 def test_a_failure_names_operation_shapes_and_reason() -> None:
     dispatch.check_status(0, "attention_forward")
     with pytest.raises(RuntimeError, match=r"attention_forward failed for tensors \[2, 3\] torch.float32: there is no"):

@@ -51,14 +51,14 @@ def test_resources_of_the_compiled_kernels(
     import triton_resources
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    launches = triton_resources.recorded(positions, channels, width, width, dtype)
+    launches = triton_resources.recorded(positions, channels, width, width, dtype, target=target)
     kernels = {launch.name: launch for launch in launches}  # of the products the last
     for name in ("forward", "query_gradient", "key_value_gradient"):
         launch = kernels[f"attention_{name}_kernel"]
         kernel = triton_resources.compiled(launch, target)
         used = triton_resources.usage(kernel)
         assert used.stack == used.local == 0, f"{name} spills: {used}"
-        assert used.shared <= 99 << 10, f"{name}: {used}"
+        assert used.shared <= (227 if target == "sm_90" else 99) << 10, f"{name}: {used}"
         assert used.blocks_per_sm(target) >= 1, f"{name}: {used}"
         assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"]), f"{name} has atomics"
         tensor_cores = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", kernel.asm["ptx"])

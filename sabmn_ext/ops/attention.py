@@ -259,6 +259,7 @@ for _operation, _implementation, _fake in (
         triton=dispatch.triton(torch.float32, torch.bfloat16, torch.float16),
         cpu=dispatch.native_cpu(*dispatch.DTYPE_CODES),
     )
+    dispatch.prefer(_operation, dispatch.triton_on_hopper(torch.bfloat16, torch.float16))
     _library.impl(_operation, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)
     _vmap = functools.partial(_one_by_one, getattr(torch.ops.sabmn_ext, _operation))

@@ -1,6 +1,7 @@
 """Which backend serves an operation: the compiled or Triton GPU kernels, the C++ CPU kernels, or plain torch.
 
-``auto`` takes the first backend of ``BACKENDS`` that can serve the device and the dtype. The environment variable
+``auto`` takes the first backend of ``BACKENDS`` that can serve the device and the dtype, but where another one was
+measured to be faster (``prefer``). The environment variable
 ``SABMN_BACKEND`` or an argument ``backend=`` asks for one by name; one that cannot serve is an error, never a silent
 fallback. What ran is recorded: see ``record``.
 """
@@ -24,12 +25,38 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
 _operations: dict[str, dict[str, WhyNot]] = {}
 
+# operation → the backend that comes first for (device, dtype), or None.
+Preferred = Callable[[torch.device, torch.dtype], str | None]
+_preferred: dict[str, Preferred] = {}
+
 _records: list[list[tuple[str, str]]] = []
 
 
 def register(operation: str, **backends: WhyNot) -> None:
     """Declare an operation and the backends that it has besides plain torch."""
     _operations[operation] = backends
+
+
+def prefer(operation: str, preferred: Preferred) -> None:
+    """Declare which backend ``auto`` takes before the others, where it can serve."""
+    _preferred[operation] = preferred
+
+
+def order(operation: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends in the order in which ``auto`` asks them."""
+    first = _preferred[operation](device, dtype) if operation in _preferred else None
+    return sorted(BACKENDS, key=lambda name: name != first)
+
+
+def triton_on_hopper(*dtypes: torch.dtype) -> Preferred:
+    """Triton's kernels first, in the given dtypes: theirs are wgmma's products, the compiled ones mma's."""
+
+    def preferred(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda" or dtype not in dtypes or torch.version.hip is not None:
+            return None
+        return "triton" if torch.cuda.get_device_capability(device)[0] == 9 else None
+
+    return preferred
 
 
 def operations() -> list[str]:
@@ -134,7 +161,8 @@ def choose(operation: str, backend: str | None, device: torch.device, dtype: tor
     """
     asked = backend or os.environ.get("SABMN_BACKEND") or "auto"
     if asked == "auto":
-        taken = next(name for name in BACKENDS if why_not(operation, name, device, dtype) is None)
+        names = order(operation, device, dtype)
+        taken = next(name for name in names if why_not(operation, name, device, dtype) is None)
     elif asked in BACKENDS:
         reason = why_not(operation, asked, device, dtype)
         if reason is not None:

@@ -24,8 +24,14 @@ Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
 # ---- configurations: the first of a list is the fixed one ----
 #
-# All fit 99 KB of shared memory, what a block can have on the smallest of the GPUs served. Sums in exact fp32 are made
-# without tensor cores, and their operands pass through registers: small tiles.
+# All fit 99 KB of shared memory, what a block can have on the smallest of the GPUs served; Hopper's, the only ones that
+# were measured (on an H200), fit 227. Sums in exact fp32 are made without tensor cores, and their operands pass through
+# registers: small tiles. On Hopper a tile of 64 rows must not have 8 warps: with Triton 3.6 gradients were wrong, and
+# memory beyond the tensors was read.
+
+
+def _hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -39,8 +45,11 @@ def _options(warps: int, stages: int, **blocks: int) -> Configuration:
     return {**blocks, "num_warps": warps, "num_stages": stages}
 
 
-def _products(kind: str, rows: int, columns: int) -> list[Configuration]:
+def _products(kind: str, rows: int, columns: int, of_weights: bool = False) -> list[Configuration]:
     narrow_rows, narrow_columns = (64 if side <= 64 or kind == "ieee" else 128 for side in (rows, columns))
+    if kind == "half" and _hopper():
+        wide = 64 if of_weights else narrow_columns
+        return [_options(4, 4 if wide == 64 else 3, BLOCK_ROWS=64, BLOCK_COLUMNS=wide, BLOCK_DEPTH=64)]
     warps = 8 if narrow_rows + narrow_columns == 256 else 4
     depth = {"half": 32, "tf32": 16, "ieee": 16}[kind]
     most_stages = 3 if kind == "tf32" and warps == 4 else 4  # with a fourth, sm_80 keeps some of it in local memory
@@ -63,8 +72,14 @@ def _forward_widths(kind: str, width: int, value_width: int) -> tuple[int, int]:
 def _forward(kind: str, values: int) -> list[Configuration]:
     if kind == "ieee":
         table = [(64, 32, 4, 1), (32, 32, 4, 1)]
+    elif kind == "tf32" and _hopper():
+        table = [(64, 32, 4, 2), (128, 32, 8, 2)]
     elif kind == "tf32":
         table = [(64, 32, 8 if values > 64 else 4, 2), (64, 64, 8, 2)]
+    elif values == 64 and _hopper():
+        table = [(128, 64, 8, 3), (128, 64, 8, 2)]
+    elif values >= 128 and _hopper():
+        table = [(64, 64, 4, 3), (64, 64, 4, 2)]
     elif values <= 32:
         table = [(128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)]
     elif values == 64:
@@ -76,7 +91,7 @@ def _forward(kind: str, values: int) -> list[Configuration]:
     return [
         _options(
             warps, stages, BLOCK_QUERIES=queries, BLOCK_KEYS=keys,
-            BLOCK_CHANNELS=32 if queries == 128 or values == 256 else 64,
+            BLOCK_CHANNELS=32 if queries == 128 or (values == 256 and not _hopper()) else 64,
         )
         for queries, keys, warps, stages in table
     ]  # fmt: skip
@@ -92,8 +107,13 @@ def _backward_widths(kind: str, width: int, value_width: int) -> tuple[int, int]
 def _backward(kind: str, widest: int, of_queries: bool) -> list[Configuration]:
     if kind == "ieee":
         table = [(64, 32, 4, 1), (32, 32, 4, 1)]
+    elif kind == "tf32" and _hopper():
+        table = [(64, 32, 4, 2), (128, 32, 8, 2)]
     elif kind == "tf32":
         table = [(64, 32, 8, 2), (32, 32, 4, 2)]
+    elif _hopper():
+        wide = (64, 64, 4, 2) if of_queries else (64, 32, 4, 1)
+        table = [(64, 64, 4, 3) if widest <= 64 else wide, (64, 32, 4, 2)]
     elif widest <= (64 if of_queries else 32):
         table = [(64, 64, 4, 2), (128, 64, 8, 2)]
     elif widest == 64:
@@ -299,7 +319,7 @@ def _weight_gradients(
                     a, b, partial[:, start:], a.shape[1], b.shape[1], positions, batch, images,
                     *a.stride(), *b.stride(), partial.stride(0),
                 ),
-                _products(kind, a.shape[1], b.shape[1]), PRECISION=_precision(kind),
+                _products(kind, a.shape[1], b.shape[1], of_weights=True), PRECISION=_precision(kind),
             )  # fmt: skip
     wanted = [gradient if need else None for gradient, need in zip(gradients[1:5], needs[1:5], strict=True)]
     key_size, value_size = (rows - value_width) // 2 * channels, value_width * channels
