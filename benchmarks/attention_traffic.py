@@ -27,7 +27,7 @@ MMA = 16 * 8 * 16  # multiplications of one instruction
 
 # csrc/attention/*_kernels.cuh and attention_backward_cuda.cu
 SIDE, DEPTH = 128, 32  # of the products' blocks and slices
-KEYS, OUT_CHANNELS = 128, 64  # of the forward panels
+WANTED_BLOCKS, PART_CHANNELS = 256, 256  # attention_forward_cuda.cu
 BACKWARD_SIDE = BACKWARD_PANEL = 64
 SHARED = 227 << 10  # of a block on sm_90
 BLOCK_POSITIONS = 128  # up to which one block makes all gradients of an image
@@ -64,8 +64,8 @@ def blocks(size: int, unit: int) -> int:
 
 
 def product_mma(rows: int, columns: int, *depths: int) -> int:
-    """A product by blocks of 128 × 128: a warp has 32 rows, and skips what has no columns, 16 at a time."""
-    return ceil_to(rows, 32) * ceil_to(columns, 16) * sum(ceil_to(depth, DEPTH) for depth in depths) // MMA
+    """A product by blocks of 128 × 128: a warp has 32 rows and 64 columns, or 32 where there are no more."""
+    return ceil_to(rows, 32) * ceil_to(columns, 32) * sum(ceil_to(depth, DEPTH) for depth in depths) // MMA
 
 
 def weight_groups(batch: int, channels: int, width: int, value_width: int) -> int:
@@ -97,24 +97,27 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
 
     queries = 128 if value_width <= 64 else 64
     query_tiles, own_tiles = blocks(n, queries), blocks(n, BACKWARD_SIDE)
-    width16, value16 = ceil_to(width, 16), ceil_to(value_width, 16)
+    width16, value16, width32, value32 = (ceil_to(w, unit) for unit in (16, 32) for w in (width, value_width))
     rows = batch * query_tiles * queries
+    keys, out_channels = (128 if 64 < value_width <= 128 else 64), (64 if value_width > 64 else 32)  # of the panels
+    parts = min(blocks(WANTED_BLOCKS, batch * query_tiles), blocks(channels, PART_CHANNELS))  # of y's channels
     slices_a, slices_b = blocks(width, BACKWARD_PANEL), blocks(value_width, BACKWARD_PANEL)
     logits = (width16 + value16) * (slices_a + max(slices_a, slices_b))  # of queries' and of keys' owners
-    sums = sum(min(ceil_to(size - first, 16), BACKWARD_PANEL)
+    sums = sum(min(ceil_to(size - first, 32), BACKWARD_PANEL)
                for size, first in [(width, 64 * i) for i in range(slices_a)] * 2
                + [(value_width, 64 * i) for i in range(slices_b)])  # fmt: skip
-    pairs = batch * ceil_to(n, 16) * ceil_to(n, 16)  # a warp without positions of its own is idle
-    all_pairs = batch * ceil_to(n, 16) * own_tiles * BACKWARD_SIDE
+    all_pairs = batch * ceil_to(n, 16) * own_tiles * BACKWARD_SIDE  # a warp without positions of its own is idle
     if n <= BLOCK_POSITIONS:
         attention_blocks, attention_exponentials = batch, batch * n * n
         attention_again = 2 * query + value  # all but the values serve two products
-        attention_mma = pairs * (3 * width16 + 2 * value16) // MMA
+        warps = batch * ceil_to(n, 32)
+        attention_mma = warps * ceil_to(n, 64) * (width16 + value16) // MMA
+        attention_mma += warps * ceil_to(n, 16) * (2 * width32 + value32) // MMA
     else:
         owners = slices_a + max(slices_a, slices_b)
         attention_blocks, attention_exponentials = batch * own_tiles * owners, batch * n * n * owners
         attention_again = (own_tiles * owners - 1) * (query + value)
-        attention_mma = (all_pairs * logits + pairs * sums) // MMA
+        attention_mma = all_pairs * (logits + sums) // MMA
     launch = Launch
     return {
         "forward projections": launch(
@@ -124,11 +127,10 @@ def traffic(batch: int, channels: int, positions: int, width: int, value_width: 
         ),
         "forward attention": launch(
             2 * (image + value) + inner + w_out + 2 * row_floats, 2 * (image + value) + inner + w_out + 2 * row_floats,
-            (query_tiles - 1) * (query + value) + (batch * query_tiles - 1) * w_out,
-            rows * (ceil_to(n, KEYS) * width16 + ceil_to(n, 16) * value16
-                    + ceil_to(channels, OUT_CHANNELS) * value16) // MMA,
+            (query_tiles * parts - 1) * (query + value) + (parts - 1) * query + (batch * query_tiles - 1) * w_out,
+            rows * (parts * ceil_to(n, keys) * (width16 + value32) + ceil_to(channels, out_channels) * value32) // MMA,
             batch * n * (n * (width + value_width) + channels * value_width) // MMA,
-            batch * n * n, batch * query_tiles,
+            batch * n * n * parts, batch * query_tiles * parts,
         ),
         "backward context": launch(
             image + w_out + value, image + w_out + value,

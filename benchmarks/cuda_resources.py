@@ -40,12 +40,14 @@ class Plan:
 
 PLANS = {
     # csrc/attention: ForwardPlan, BackwardPlan and the constants of the products.
-    "attention_forward_kernel<64>": Plan(256, 2, 96 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
+    "attention_forward_kernel<64>": Plan(256, 2, 72 << 10, planned_shared=40 << 10),
     "attention_forward_kernel<128>": Plan(128, 2, 80 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
-    "attention_forward_kernel<256>": Plan(128, 2, 80 << 10, blocks_per_small_sm=1),
+    "attention_forward_kernel<256>": Plan(128, 2, 56 << 10, blocks_per_small_sm=1),
     "attention_forward_kernel<tf32, 64>": Plan(128, 2, 80 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
-    "attention_forward_kernel<fp32, 64>": Plan(128, 2, 80 << 10, planned_shared=64 << 10, blocks_per_small_sm=1),
-    "attention_backward_kernel": Plan(128, 2, 91648, planned_shared=50688, blocks_per_small_sm=1),
+    "attention_forward_kernel<fp32, 64>": Plan(128, 2, 56 << 10, planned_shared=40 << 10),
+    "attention_backward_kernel": Plan(128, 3, 91648, planned_shared=50688, blocks_per_small_sm=1),
+    "attention_backward_kernel<tf32>": Plan(128, 2, 91648, planned_shared=50688, blocks_per_small_sm=1),
+    "attention_backward_kernel<fp32>": Plan(128, 2, 91648, planned_shared=50688, blocks_per_small_sm=1),
     "attention_backward_block_kernel": Plan(256, 1, 96 << 10),
     "attention_product_kernel": Plan(256, 2, 48 << 10),
     "attention_product_kernel<tf32>": Plan(256, 1, 48 << 10),

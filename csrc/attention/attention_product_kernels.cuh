@@ -96,9 +96,9 @@ struct SliceCopier {
     }
 };
 
-// One slice of the sum, for a warp's part of the result. All of it, whatever its columns: a branch for every 16 would
-// keep the compiler from loading operands while others are multiplied.
-template <typename T, bool a_along, bool b_along>
+// One slice of the sum, for a warp's part of the result: all of its columns, or the first half. A branch for every 16
+// would keep the compiler from loading operands while others are multiplied.
+template <typename T, bool a_along, bool b_along, int column_blocks>
 __device__ inline void multiply_slice(Block (&sums)[2][4], const T* tile, int warp_row, int warp_column) {
     constexpr int depth = product_depth<T>;
 #pragma unroll
@@ -110,7 +110,7 @@ __device__ inline void multiply_slice(Block (&sums)[2][4], const T* tile, int wa
             load_operand<a_along ? depth : product_side, !a_along>(left[i], tile, warp_row + 16 * i, k);
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < column_blocks; ++j) {
             load_right<b_along ? depth : product_side, !b_along>(right, tile + product_slice<T>, warp_column + 16 * j, k);
             multiply<T>(sums[0][j], left[0], right);
             multiply<T>(sums[1][j], left[1], right);
@@ -148,7 +148,7 @@ __device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shar
     };
 
     // A warp without a result has nothing to multiply, but copies with the others.
-    const bool idle = first_row + warp_row >= rows || first_column + warp_column >= columns;
+    const int own_columns = first_row + warp_row < rows ? columns - first_column - warp_column : 0;
     // Before the first slice there is nothing to wait for and to multiply.
 #pragma unroll 1
     for (int slice = 1 - product_stages; slice < slices; ++slice) {
@@ -157,9 +157,13 @@ __device__ void sum_product(Block (&sums)[2][4], const Product& product, T* shar
             __syncthreads();
         }
         fetch(slice + product_stages - 1);
-        if (idle || slice < 0) continue;
+        if (own_columns <= 0 || slice < 0) continue;
         const T* const tile = shared + slice % product_stages * 2 * size;
-        multiply_slice<T, a_along, b_along>(sums, tile, warp_row, warp_column);
+        if (own_columns > 32) {
+            multiply_slice<T, a_along, b_along, 4>(sums, tile, warp_row, warp_column);
+        } else {
+            multiply_slice<T, a_along, b_along, 2>(sums, tile, warp_row, warp_column);
+        }
     }
 }
 

@@ -13,17 +13,22 @@ def test_every_launch_is_near_its_floor(stage: int) -> None:
     channels, positions, width = attention_traffic.STAGES[stage]
     launches = attention_traffic.traffic(64, channels, positions, width, width)
     assert [sum(name.startswith(way) for name in launches) for way in ("forward", "backward")] == [2, 6]
+    # Without atomics 7 products instead of 5; and where there are few images two blocks find the same attention, each
+    # for half of the output's channels, which was measured to be faster.
+    most = {"backward attention": 7 / 5 if positions > attention_traffic.BLOCK_POSITIONS else 1.15}
+    most["forward attention"] = 1.2 if positions <= 128 else 1.15
     for name, launch in launches.items():
         assert launch.floor <= launch.distinct <= 1.25 * launch.floor, name
         if launch.least:
-            most = 7 / 5 if name == "backward attention" and positions > attention_traffic.BLOCK_POSITIONS else 1.15
-            assert launch.least <= launch.mma <= most * launch.least, name
+            assert launch.least <= launch.mma <= most.get(name, 1.15) * launch.least, name
+    forward = [launch for name, launch in launches.items() if name.startswith("forward")]
+    assert sum(launch.mma for launch in forward) <= 1.15 * sum(launch.least for launch in forward)
 
 
 @pytest.mark.parametrize("stage", attention_traffic.STAGES)
 def test_traffic_is_linear_in_the_batch(stage: int) -> None:
     channels, positions, width = attention_traffic.STAGES[stage]
-    one, two, three = (attention_traffic.traffic(b, channels, positions, width, width) for b in (1, 2, 3))
+    one, two, three = (attention_traffic.traffic(b, channels, positions, width, width) for b in (256, 512, 768))
     for name in one:
         if name not in ("backward weights", "backward sums"):  # whose groups of images grow in steps
             assert two[name].distinct - one[name].distinct == three[name].distinct - two[name].distinct, name
