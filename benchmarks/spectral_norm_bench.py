@@ -1,11 +1,11 @@
 """Spectral normalisation of the network's 58 weights in one call, against torch's parametrization of each.
 
-    python benchmarks/spectral_norm_bench.py [--threads N] [--rounds 15] [--step-rounds 7]
+    python benchmarks/spectral_norm_bench.py [--device cuda] [--threads N] [--rounds 15] [--step-rounds 7]
 
 Floors beside it: torch cloning all weights (one reading, one writing) for the forward pass, and a plain loop over as
 much memory (two readings, one writing) for the backward pass. Every backward pass gets gradients that nothing else
 refers to, as in a training step; making them is not timed. Then a training step of the network without, with ours, and
-with torch's.
+with torch's. On a GPU, as a training step calls it: with the launches of the host, and until the device has done.
 """
 
 import argparse
@@ -26,12 +26,15 @@ STEP_BATCH, STEP_SIZE = 4, (64, 32)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--step-rounds", type=int, default=7)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch finds no CUDA device here; expected cpu")
     torch.set_num_threads(options.threads)
-    network = sabmn_ext.SABMN(751, weights="none", spectral_norm=False)
+    network = sabmn_ext.SABMN(751, weights="none", spectral_norm=False).to(options.device)
     measure_operation(network, options.threads, options.rounds)
     measure_step(network, options.step_rounds)
 
@@ -45,7 +48,8 @@ def measure_operation(network: nn.Module, threads: int, rounds: int) -> None:
     normalize_with_ours(ours)
     normalize_with_torch(theirs)
     values = sum(weight.numel() for weight in plain)
-    print(f"{len(plain)} weights, {values / 1e6:.1f} M values, {threads} threads, torch {torch.__version__}")
+    where = torch.cuda.get_device_name() if plain[0].is_cuda else f"{threads} threads"
+    print(f"{len(plain)} weights, {values / 1e6:.1f} M values, {where}, torch {torch.__version__}")
 
     handed_out: list[torch.Tensor] = []
 
@@ -85,7 +89,9 @@ def measure_operation(network: nn.Module, threads: int, rounds: int) -> None:
 
 
 def measure_step(network: nn.Module, rounds: int) -> None:
-    images, labels = torch.randn(STEP_BATCH, 3, *STEP_SIZE), torch.randint(0, 751, (STEP_BATCH,))
+    device = next(network.parameters()).device
+    images = torch.randn(STEP_BATCH, 3, *STEP_SIZE, device=device)
+    labels = torch.randint(0, 751, (STEP_BATCH,), device=device)
     height, width = STEP_SIZE
     seconds = interleaved(
         {
