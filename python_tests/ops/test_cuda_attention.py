@@ -205,5 +205,5 @@ def test_on_a_gpu(
     tf32 = kind == "tf32"
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
     dtype = torch.float32 if tf32 else getattr(torch, kind)
-    draws = [[None if t is None else t.cuda() for t in draw(sizes, 8 * seed + i, dtype, layout)] for i in range(8)]
+    draws = [[None if t is None else t.cuda() for t in draw(sizes, 24 * seed + i, dtype, layout)] for i in range(24)]
     check(draws, "cuda", literal_in_tf32 if tf32 else literal)
