@@ -3,6 +3,7 @@
 The 3×3 convolution of a bottleneck carries the stride, as in torchvision ("ResNet v1.5").
 """
 
+import os
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,60 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from sabmn_ext.ops.batch_norm import batch_norm_act
+
+
+def norm_act(norm: nn.Module, x: Tensor, relu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    """``relu(norm(x) + residual)``: in training on the CPU one operation, where the modules are plain ones."""
+    plain = norm.training and _is_plain(norm, nn.BatchNorm2d) and (relu is None or _is_plain(relu, nn.ReLU))
+    if plain and type(x) is Tensor and x.device.type == "cpu" and x.dim() == 4 and not _is_traced():
+        return _fused(norm, x, relu is not None, residual)  # type: ignore[arg-type]
+    y = norm(x)
+    if residual is not None:
+        y = y + residual
+    return y if relu is None else relu(y)  # type: ignore[no-any-return]
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` does what ``kind`` says and nothing else: no subclass, hook, or other forward."""
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and not torch.nn.modules.module._has_any_global_hook()
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def _fused(norm: nn.BatchNorm2d, x: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+    """The forward of ``nn.BatchNorm2d`` in training, with what follows it."""
+    momentum = norm.momentum or 0.0
+    if norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the mean of all batches
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return batch_norm_act(
+        x,
+        norm.weight,
+        norm.bias,
+        residual=residual,
+        relu=relu,
+        running_mean=norm.running_mean if norm.track_running_stats else None,
+        running_var=norm.running_var if norm.track_running_stats else None,
+        momentum=momentum,
+        eps=norm.eps,
+        backend="torch" if os.environ.get("SABMN_BACKEND") == "torch" else "auto",  # there is none for GPUs to ask for
+    )
+
+
+class Downsample(nn.Sequential):
+    """A convolution and its batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm = self
+        return norm_act(norm, convolution(x))
 
 
 class BasicBlock(nn.Module):
@@ -29,9 +84,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + identity)
+        out = norm_act(self.bn1, self.conv1(x), self.relu)
+        return norm_act(self.bn2, self.conv2(out), self.relu, identity)
 
 
 class Bottleneck(nn.Module):
@@ -52,10 +106,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + identity)
+        out = norm_act(self.bn1, self.conv1(x), self.relu)
+        out = norm_act(self.bn2, self.conv2(out), self.relu)
+        return norm_act(self.bn3, self.conv3(out), self.relu, identity)
 
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], Sequence[int]]] = {
@@ -106,16 +159,15 @@ class ResNet(nn.Module):
         out_channels = width * block.expansion
         downsample = None
         if stride != 1 or in_channels != out_channels:
-            downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+            convolution = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            downsample = Downsample(convolution, nn.BatchNorm2d(out_channels))
         blocks = [block(in_channels, width, stride, downsample)]
         blocks += [block(out_channels, width, 1, None) for _ in range(depth - 1)]
         return nn.Sequential(*blocks)
 
     def stem(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, 64, H/4, W/4]."""
-        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.maxpool(norm_act(self.bn1, self.conv1(x), self.relu))  # type: ignore[no-any-return]
 
     @property
     def stages(self) -> list[nn.Module]:
