@@ -31,7 +31,7 @@ PARTS = {
     "spectral norm": ("spectral_norm", "SpectralNorm"),
     "heads": ("addmm", "linear", "cross_entropy", "nll_loss", "dropout", "bernoulli"),
     "convolutions": ("conv", "mkldnn"),
-    "batch norm": ("batch_norm",),
+    "batch norm": ("batch_norm", "BatchNorm"),
 }
 # Ranges, with all that they call: plain operations, which would be found under "other operations" otherwise.
 RANGES = {"data": "data/", "optimiser": "Optimizer.step#SGD.step"}
