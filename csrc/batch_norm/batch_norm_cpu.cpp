@@ -238,8 +238,8 @@ struct Image {
 template <typename Call>
 void for_tiles(DType dtype, int64_t rows, int64_t columns, const Call& call) {
     const int64_t height = dtype == DType::float32 ? rows : row_group, width = dtype == DType::float32 ? columns : tile_columns;
-    for (int64_t column = 0; column < columns; column += width) {
-        for (int64_t row = 0; row < rows; row += height) {
+    for (int64_t row = 0; row < rows; row += height) {
+        for (int64_t column = 0; column < columns; column += width) {
             call(row, rows - row < height ? rows - row : height, column, columns - column < width ? columns - column : width);
         }
     }
