@@ -30,7 +30,7 @@ PARTS = {
     "attention": ("attention", "bmm", "softmax", "SelfAttention"),
     "spectral norm": ("spectral_norm", "SpectralNorm"),
     "heads": ("addmm", "linear", "cross_entropy", "nll_loss", "dropout", "bernoulli"),
-    "convolutions": ("conv", "mkldnn"),
+    "convolutions": ("conv", "mkldnn", "aten::mm"),  # wide 1×1 ones are products
     "batch norm": ("batch_norm", "BatchNorm"),
 }
 # Ranges, with all that they call: plain operations, which would be found under "other operations" otherwise.

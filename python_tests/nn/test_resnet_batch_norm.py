@@ -12,7 +12,8 @@ from instruction_sets import needs_native
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sabmn_ext.nn.resnet import BasicBlock, Bottleneck, Downsample, ResNet
+import sabmn_ext
+from sabmn_ext.nn.resnet import BasicBlock, Bottleneck, Downsample, ResNet, convolve
 from sabmn_ext.ops import dispatch
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -197,6 +198,39 @@ def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         assert mine.grad is not None
         assert theirs.grad is not None
         assert (mine.grad - theirs.grad).norm() <= 0.2 * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_wide_convolutions_are_products(normalized: bool) -> None:
+    """In training, of channels_last images; the module is called where it has a hook or another forward."""
+    images = torch.randn(3, 512, 5, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours = nn.Sequential(nn.Conv2d(512, 1024, 1, bias=not normalized)).to(memory_format=torch.channels_last)
+    if normalized:
+        sabmn_ext.spectral_norm_model(ours, preserve_eval=False)
+    other = copy.deepcopy(ours)
+    direction = torch.randn(3, 1024, 5, 3)
+
+    def run(model: nn.Sequential, forward: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], set[str]]:
+        model.forward = forward  # type: ignore[method-assign]  # within the root's hooks
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = model(images)
+        model.zero_grad()
+        found = torch.autograd.grad(y, [images, *model.parameters()], direction[..., : y.shape[3]])
+        return [y, *found], {event.key for event in profile.key_averages()}
+
+    found, operations = run(ours, lambda x: convolve(ours[0], x))
+    expected, expected_operations = run(other, lambda x: other[0](x))
+    assert "aten::conv2d" not in operations
+    assert "aten::conv2d" in expected_operations
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    for mine, right in zip(found, expected, strict=True):
+        assert torch.allclose(mine, right, atol=1e-4 * right.abs().max().item())
+    hooked = ours[0].register_forward_hook(double)
+    assert "aten::conv2d" in run(ours, lambda x: convolve(ours[0], x))[1]
+    hooked.remove()
+    for x in (images.contiguous(), images[..., :2]):
+        assert "aten::conv2d" in run(ours, lambda _, x=x: convolve(ours[0], x))[1]
+    assert "aten::conv2d" in run(ours.eval(), lambda x: convolve(ours[0], x))[1]
 
 
 def test_traced_and_compiled_networks_hold_the_modules() -> None:
