@@ -21,6 +21,7 @@
 #include "attention/attention.h"
 #include "attention/attention_cuda.h"
 #include "attention/workspace.h"
+#include "batch_norm/batch_norm.h"
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
@@ -635,6 +636,47 @@ void define_attention(py::module_& m) {
     m.def("attention_exponential", attention_exponential, "dtype"_a, "x"_a, "result"_a, "count"_a);
 }
 
+// ---- batch normalisation ----
+
+// dtype, batch, channels, positions, whether channels_last
+using ImagesFields = std::array<std::int64_t, 5>;
+
+BatchNormImages batch_norm_images(const ImagesFields& fields) {
+    return {static_cast<DType>(fields[0]), fields[1], fields[2], fields[3], fields[4] != 0};
+}
+
+std::int64_t batch_norm_workspace(const ImagesFields& images) {
+    return for_isa(SABMN_VARIANTS(batch_norm_workspace))(batch_norm_images(images));
+}
+
+// inputs: x, residual, weight, bias, running_mean, running_var; outputs: y, statistics.
+int batch_norm_forward(const ImagesFields& images, const std::array<Address, 6>& inputs,
+                       const std::array<Address, 2>& outputs, double momentum, double eps, bool relu, Address workspace,
+                       int threads) {
+    const BatchNormForward pass = {batch_norm_images(images),  pointer<void>(inputs[0]),   pointer<void>(inputs[1]),
+                                   pointer<float>(inputs[2]),  pointer<float>(inputs[3]),  pointer<float>(inputs[4]),
+                                   pointer<float>(inputs[5]),  momentum,                   eps,
+                                   relu,                       pointer<void>(outputs[0]),  pointer<float>(outputs[1])};
+    return for_isa(SABMN_VARIANTS(batch_norm_forward))(pass, pointer<void>(workspace), usable_threads(threads));
+}
+
+// inputs: grad_y, x, y, weight, bias, statistics; gradients: of x, residual, weight, bias.
+int batch_norm_backward(const ImagesFields& images, const std::array<Address, 6>& inputs,
+                        const std::array<Address, 4>& gradients, bool relu, Address workspace, int threads) {
+    const BatchNormBackward pass = {batch_norm_images(images),    pointer<void>(inputs[0]),    pointer<void>(inputs[1]),
+                                    pointer<void>(inputs[2]),     pointer<float>(inputs[3]),   pointer<float>(inputs[4]),
+                                    pointer<float>(inputs[5]),    relu,                        pointer<void>(gradients[0]),
+                                    pointer<void>(gradients[1]),  pointer<float>(gradients[2]), pointer<float>(gradients[3])};
+    return for_isa(SABMN_VARIANTS(batch_norm_backward))(pass, pointer<void>(workspace), usable_threads(threads));
+}
+
+void define_batch_norm(py::module_& m) {
+    using Release = py::call_guard<py::gil_scoped_release>;
+    m.def("batch_norm_workspace", batch_norm_workspace);
+    m.def("batch_norm_forward", batch_norm_forward, Release());
+    m.def("batch_norm_backward", batch_norm_backward, Release());
+}
+
 }  // namespace
 }  // namespace sabmn
 
@@ -664,6 +706,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
 
     m.def("isa", [] { return isa_names[static_cast<int>(chosen_isa)]; });
     define_attention(m);
+    define_batch_norm(m);
     m.def("set_isa", set_isa, "Use one of build_info()['isas'] from now on; for tests and for comparing.");
     if (const char* asked = std::getenv("SABMN_ISA")) set_isa(asked);
 }

@@ -35,7 +35,7 @@ def test_json_and_text_agree() -> None:
 def test_every_operation_is_listed() -> None:
     listed = set(json.loads(run("--json"))["operations"])
     assert {"attention_forward", "attention_backward", "spectral_norm_forward", "spectral_norm_backward"} <= listed
-    assert {"pair_distances", "count_nonmatches"} <= listed
+    assert {"batch_norm_act_forward", "batch_norm_act_backward", "pair_distances", "count_nonmatches"} <= listed
 
 
 def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,4 +309,5 @@ def test_a_resnet_trains_as_with_the_eager_block(dtype: torch.dtype, stage: int,
         found = train_classifier(ours, seed)
     compare(found, train_classifier(theirs, seed), train_classifier(exact, seed))
     backend = expected_backend(dtype)
+    calls = [call for call in calls if call[0].startswith("attention")]
     assert calls == [("attention_forward", backend), ("attention_backward", backend)]

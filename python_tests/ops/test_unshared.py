@@ -1,6 +1,7 @@
 """A backward pass writes over the gradients that it alone has, and over no others."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from sabmn_ext import _native
 from sabmn_ext.ops import reference
+from sabmn_ext.ops.cpu.unshared import unshared
 from sabmn_ext.ops.spectral_norm import spectral_norm
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
@@ -120,3 +122,25 @@ def test_gradients_that_the_caller_hands_in_stay_as_they_are() -> None:
         assert torch.equal(same, b)
         assert weight.grad is not None
         assert torch.equal(weight.grad, again)
+
+
+def test_autograd_may_still_add_to_a_gradient_in_place() -> None:
+    """Counting refers to no storage: where one has been, autograd adds the next gradient out of place."""
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, residual: Tensor) -> Tensor:
+            return x + residual
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+            assert unshared(gradients) == [True]
+            return gradients[0].clone(), gradients[0]
+
+    x = torch.randn(10, requires_grad=True) * 1
+    y = Sum.apply(x.sin(), x) * 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y.backward(torch.ones(10))
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::add_" in names
+    assert "aten::add" not in names

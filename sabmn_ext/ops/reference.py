@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # ---- self-attention over a feature map ----
 #
@@ -240,6 +241,48 @@ def spectral_norm_backward(gradient: Tensor, weight: Tensor, u: Tensor, v: Tenso
     sigma = torch.dot(left, torch.mv(matrix, right))
     weight_gradient = (g - (g * matrix).sum() / sigma * torch.outer(left, right)) / sigma
     return weight_gradient.to(weight.dtype).view_as(weight)
+
+
+# ---- batch normalisation with the batch's statistics, a residual and a ReLU ----
+
+
+def batch_norm_act(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor | None = None,  # [C]; None: 1
+    bias: Tensor | None = None,  # [C]; None: 0
+    *,
+    residual: Tensor | None = None,  # [B, C, H, W]
+    relu: bool = True,
+    running_mean: Tensor | None = None,  # [C], moved in place, as running_var
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``act((x − mean)/√(var + eps) · weight + bias + residual)`` (Ioffe and Szegedy, 2015): mean and var are each
+    channel's over batch and positions, act is max(·, 0) or nothing. The running variance is the unbiased one."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    y = y if residual is None else y + residual
+    return y.relu_() if relu else y
+
+
+def batch_norm_act_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor | None, kept: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, residual, weight and bias; ``kept``: where the ReLU let through, None without one.
+
+    With g what is kept of ``grad_y`` and x̂ the normalised x, they are
+    ``weight/√(var + eps) · (g − mean(g) − x̂·mean(g·x̂))``, g, ``Σ g·x̂`` and ``Σ g``; differentiable themselves.
+    """
+    dims = (0, 2, 3)
+    g = grad_y if kept is None else torch.where(kept, grad_y, torch.zeros((), dtype=grad_y.dtype))
+    wide_g, wide_x = g.to(wide(x.dtype)), x.to(wide(x.dtype))
+    centered = wide_x - wide_x.mean(dims, keepdim=True)
+    inverse = (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
+    normalized = centered * inverse
+    weighted = wide_g * normalized
+    scale = inverse if weight is None else weight.reshape(1, -1, 1, 1) * inverse
+    grad_x = scale * (wide_g - wide_g.mean(dims, keepdim=True) - normalized * weighted.mean(dims, keepdim=True))
+    return grad_x.to(x.dtype), g, weighted.sum(dims), wide_g.sum(dims)
 
 
 # ---- retrieval: distances in float64 in a fixed order, ranks by counting, the non-matches' histogram ----

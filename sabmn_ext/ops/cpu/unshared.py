@@ -24,7 +24,8 @@ def unshared(gradients: tuple[Tensor | None, ...]) -> list[bool]:
 
 
 def _can_count() -> bool:
-    return hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
+    counters = ("_storage_Use_Count", "_storage_address")
+    return hasattr(Tensor, "_use_count") and all(hasattr(torch._C, name) for name in counters)
 
 
 def _references(gradients: tuple[Tensor | None, ...]) -> list[tuple[int, int, int] | None]:
@@ -34,8 +35,9 @@ def _references(gradients: tuple[Tensor | None, ...]) -> list[tuple[int, int, in
     """
     found: list[tuple[int, int, int] | None] = []
     for gradient in gradients:
-        if type(gradient) is Tensor and gradient.device.type == "cpu":
-            storage = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
+        if type(gradient) is Tensor and gradient.device.type == "cpu" and torch._C._has_storage(gradient):
+            # Not by untyped_storage(): autograd adds to no gradient in place whose storage Python has once referred to.
+            storage = torch._C._storage_Use_Count(torch._C._storage_address(gradient))  # type: ignore[attr-defined]
             found.append((sys.getrefcount(gradient), gradient._use_count(), storage))  # type: ignore[attr-defined]
         else:
             found.append(None)
