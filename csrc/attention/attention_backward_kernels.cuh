@@ -265,7 +265,8 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm<T>)
                 for (int n = 0; n < 3; ++n) column[n] = *reinterpret_cast<const float2*>(of_tile + n * side + 8 * j);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const auto log_sum = i % 2 ? LogSum<T>{column[0].y, column[1].y} : LogSum<T>{column[0].x, column[1].x};
+                    const auto log_sum =
+                        i % 2 ? LogSum<T>{column[0].y, column[1].y} : LogSum<T>{column[0].x, column[1].x};
                     float& p = logits[j / 2][j % 2][i];
                     p = log_sum.power(p);  // 0 beyond the last query
                     e[j / 2][j % 2][i] = p * (e[j / 2][j % 2][i] - (i % 2 ? column[2].y : column[2].x));
@@ -276,7 +277,10 @@ __global__ void __launch_bounds__(backward_threads, backward_blocks_per_sm<T>)
 #pragma unroll
             for (int j = 0; j < side / 16; ++j) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) logits[j][i / 4][i % 4] = own_log_sum[i / 2 % 2].power(logits[j][i / 4][i % 4]);
+                for (int i = 0; i < 8; ++i) {
+                    float& p = logits[j][i / 4][i % 4];
+                    p = own_log_sum[i / 2 % 2].power(p);
+                }
             }
             if (left < side) {
 #pragma unroll

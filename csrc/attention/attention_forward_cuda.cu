@@ -64,7 +64,8 @@ cudaError_t attend(const AttentionCuda& in, const AttentionMap& y, cudaStream_t 
     using Plan = ForwardPlan<T, width>;
     const int blocks = in.batch * ceil_div(in.positions, Plan::queries);
     // Of small images there are few blocks, and most of the work is w_out's.
-    const int parts = arguments.w_out ? std::min(ceil_div(wanted_blocks, blocks), ceil_div(in.channels, part_channels)) : 1;
+    const int most_parts = arguments.w_out ? ceil_div(in.channels, part_channels) : 1;
+    const int parts = std::min(ceil_div(wanted_blocks, blocks), most_parts);
     arguments.channels_per_block = ceil_div(ceil_div(in.channels, parts), part_channels) * part_channels;
     const dim3 grid(blocks, ceil_div(in.value_width, width), ceil_div(in.channels, arguments.channels_per_block));
     return launch(attention_forward_kernel<T, width>, grid, Plan::threads, Plan::shared_bytes(in.key_width), stream,

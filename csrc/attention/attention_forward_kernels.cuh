@@ -1,9 +1,9 @@
 // Attention, output projection and residual in one kernel: out and y of attention_cuda.h.
 //
 // A warp owns 16 queries, a block `queries` of one image. Everything else passes through shared memory as a sequence of
-// panels of at most 16 KB, two under way while one is used: for every 128 keys (or 64) the panels
-// of the keys (64 channels each, 32 of 32 bits) and then those of the values; after the last key the panels of w_out, 64
-// output channels each, or 32.
+// panels of at most 16 KB, two under way while one is used: for every 128 keys, or 64, the panels of the keys (64 channels
+// each, 32 of 32 bits) and then those of the values; after the last key the panels of w_out, 64 output channels each, or
+// 32.
 // Logits, probabilities and out live in registers; out is stored for the backward pass, and used from where it is. Up
 // to as many keys the softmax is exact at once; beyond, it is corrected whenever a row's maximum grows (Milakov and
 // Gimelshein, 2018).
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
     using Plan = ForwardPlan<T, width>;
     constexpr int query_slots = Plan::query_slots, queries = Plan::queries, keys = Plan::keys, panel = Plan::panel;
     constexpr int value_panels = width / panel, panel_elements = panel * keys;
-    constexpr int w_rows = sizeof(T) == 2 && width > 64 ? 64 : 32, max_depth = panel_elements / w_rows, w_depth = width < max_depth ? width : max_depth,
+    constexpr int w_rows = sizeof(T) == 2 && width > 64 ? 64 : 32;  // output channels of a panel of w_out
+    constexpr int max_depth = panel_elements / w_rows, w_depth = width < max_depth ? width : max_depth,
                   w_panels = width / w_depth;
     SABMN_DYNAMIC_SHARED(T, shared);
 
@@ -263,7 +264,8 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
             const int channel = first_value + 16 * i;
             const int y_row = arguments.y_is_channels_last ? row : channel,
                       y_column = arguments.y_is_channels_last ? channel : row;
-            y.load_residual(residual, y_row, y_column);
+            // Not in the form for whole blocks as well: there are up to 16 copies of this.
+            y.load_pairs(std::false_type(), residual, y_row, y_column);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -274,7 +276,7 @@ __global__ void __launch_bounds__(ForwardPlan<T, width>::threads, ForwardPlan<T,
                     block[half][2 * lower] = left_of<T>(pair), block[half][2 * lower + 1] = right_of<T>(pair);
                 }
             }
-            y.store(block, residual, y_row, y_column);
+            y.store_pairs(std::false_type(), block, residual, y_row, y_column);
         }
     }
     if (!w_out) return;

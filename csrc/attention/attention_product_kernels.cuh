@@ -111,7 +111,8 @@ __device__ inline void multiply_slice(Block (&sums)[2][4], const T* tile, int wa
         }
 #pragma unroll
         for (int j = 0; j < column_blocks; ++j) {
-            load_right<b_along ? depth : product_side, !b_along>(right, tile + product_slice<T>, warp_column + 16 * j, k);
+            load_right<b_along ? depth : product_side, !b_along>(right, tile + product_slice<T>, warp_column + 16 * j,
+                                                                 k);
             multiply<T>(sums[0][j], left[0], right);
             multiply<T>(sums[1][j], left[1], right);
         }
