@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(block_threads, 1)
         const int left = width - p * panel;
         const Panel<T> rows = {static_cast<const T*>(from) + (image * width + p * panel) * positions,
                                positions,
-                               min(ceil_div(left, 16) * 16, panel),
+                               min(ceil_div(left, 32) * 32, panel),
                                left,
                                positions,
                                arguments.vectors};
@@ -63,13 +63,12 @@ __global__ void __launch_bounds__(block_threads, 1)
 
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
     const int first_query = warp / 2 * 32, first_key = warp % 2 * 64;
-    const int row_blocks = min(ceil_div(positions - first_query, 16), 2);
-    const int key_blocks = ceil_div(positions - first_key, 16);
+    const bool idle = first_query >= positions || first_key >= positions;
     // d[query, key] += Σ over the channels
     const auto product = [&](Block(&d)[2][4], int panels, int width) {
         for (int p = 0; p < panels; ++p) {
             const T* const both = next_panels();
-            const int depth = row_blocks > 0 && key_blocks > 0 ? min(width - p * panel, panel) : 0;
+            const int depth = idle ? 0 : min(width - p * panel, panel);
 #pragma unroll 1
             for (int k = 0; k < depth; k += 16) {
                 Operand<T> left[2];
@@ -86,13 +85,13 @@ __global__ void __launch_bounds__(block_threads, 1)
         }
     };
     Operand<T> p_rounded[2][4];
+    // All of a warp's blocks, also those beyond the last position, where p and e are 0: a gradient reads 32 rows at a time.
     const auto for_blocks = [&](const auto& work) {
+        if (idle) return;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (i < row_blocks && j < key_blocks) work(i, j);
-            }
+            for (int j = 0; j < 4; ++j) work(i, j);
         }
     };
     const auto keep = [&](const Operand<T>& block, int i, int j) {
