@@ -53,7 +53,7 @@ def test_equals_torchvision(architecture: str) -> None:
         models = importlib.import_module("torchvision.models")
     except Exception as error:  # absent (ImportError), or built for another torch (RuntimeError)
         pytest.skip(f"torchvision does not import: {error}")
-    # In float64: with the statistics of so few positions, float32's roundings grow to 0.1 on the way, in theirs as in ours.
+    # In float64: with the statistics of so few positions float32's roundings grow to 0.1, in theirs as in ours.
     theirs = getattr(models, architecture)(weights=None).double()
     theirs.fc = nn.Identity()
     ours = ResNet(architecture).double()
