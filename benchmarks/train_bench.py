@@ -27,10 +27,10 @@ from sabmn_ext.training.loop import train_step
 
 # The first part whose words an operation's name has; the profiler's own time of each, without what it calls.
 PARTS = {
-    "attention": ("attention", "bmm", "softmax", "SelfAttention"),
+    "attention": ("attention", "softmax", "SelfAttention"),
     "spectral norm": ("spectral_norm", "SpectralNorm"),
     "heads": ("addmm", "linear", "cross_entropy", "nll_loss", "dropout", "bernoulli"),
-    "convolutions": ("conv", "mkldnn", "aten::mm"),  # wide 1×1 ones are products
+    "convolutions": ("conv", "Conv", "mkldnn", "aten::mm", "bmm"),  # wide 1×1 and 3×3 ones are products
     "batch norm": ("batch_norm", "BatchNorm"),
 }
 # Ranges, with all that they call: plain operations, which would be found under "other operations" otherwise.

@@ -31,6 +31,7 @@
 #include "retrieval/retrieval_cuda.h"
 #include "spectral_norm/spectral_norm.h"
 #include "spectral_norm/spectral_norm_cuda.h"
+#include "winograd/winograd.h"
 
 namespace py = pybind11;
 
@@ -677,6 +678,17 @@ void define_batch_norm(py::module_& m) {
     m.def("batch_norm_backward", batch_norm_backward, Release());
 }
 
+// ---- Winograd's transforms ----
+
+// shape: dtype, batch, height, width, channels
+int winograd_transform(int transform, const std::array<std::int64_t, 5>& shape, Address images, Address planes, int threads) {
+    const WinogradImages fields = {static_cast<DType>(shape[0]), shape[1], shape[2], shape[3], shape[4]};
+    return for_isa(SABMN_VARIANTS(winograd))(static_cast<WinogradTransform>(transform), fields, pointer<void>(images),
+                                             pointer<float>(planes), usable_threads(threads));
+}
+
+void define_winograd(py::module_& m) { m.def("winograd", winograd_transform, py::call_guard<py::gil_scoped_release>()); }
+
 }  // namespace
 }  // namespace sabmn
 
@@ -707,6 +719,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
     m.def("isa", [] { return isa_names[static_cast<int>(chosen_isa)]; });
     define_attention(m);
     define_batch_norm(m);
+    define_winograd(m);
     m.def("set_isa", set_isa, "Use one of build_info()['isas'] from now on; for tests and for comparing.");
     if (const char* asked = std::getenv("SABMN_ISA")) set_isa(asked);
 }

@@ -31,6 +31,7 @@ COMMANDS = {
     "train_bench.py": ["--size", "64x32", "--batch", "2", "--backbone", "resnet18", "--rounds", "1"],
     "attention_bench.py": ["--shapes", "2x16x5x3:4", "--rounds", "1", "--seconds", "0"],
     "batch_norm_bench.py": ["--size", "64", "32", "--batch", "2", "--rounds", "1"],
+    "convolution_bench.py": ["--size", "64", "32", "--batch", "2", "--rounds", "1", "--dtypes", "fp32", "bf16"],
     "spectral_norm_bench.py": ["--rounds", "1"],
     "rerank_bench.py": ["--scale", "0.02", "--dim", "64", "--rounds", "1"],
     "retrieval_bench.py": ["--queries", "40", "--gallery", "500", "--dim", "64", "--rounds", "1"],

@@ -3,7 +3,6 @@
 The 3×3 convolution of a bottleneck carries the stride, as in torchvision ("ResNet v1.5").
 """
 
-import os
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -12,83 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sabmn_ext.ops.batch_norm import batch_norm_act
-
-
-def norm_act(norm: nn.Module, x: Tensor, relu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-    """``relu(norm(x) + residual)``: in training on the CPU one operation, where the modules are plain ones."""
-    plain = norm.training and _is_plain(norm, nn.BatchNorm2d) and (relu is None or _is_plain(relu, nn.ReLU))
-    if plain and _is_image_here(x) and (residual is None or residual.shape == x.shape):
-        return _fused(norm, x, relu is not None, residual)  # type: ignore[arg-type]
-    y = norm(x)
-    if residual is not None:
-        y = y + residual
-    return y if relu is None else relu(y)  # type: ignore[no-any-return]
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` does what ``kind`` says and nothing else: no subclass, hook, or other forward."""
-    return type(module) is kind and "forward" not in module.__dict__ and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or torch.nn.modules.module._has_any_global_hook()
-
-
-def _is_image_here(x: Tensor) -> bool:
-    """Whether ``x`` is a plain [B, C, H, W] on the CPU, and nobody traces what happens to it."""
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dim() != 4:
-        return False
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
-
-
-def _fused(norm: nn.BatchNorm2d, x: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
-    """The forward of ``nn.BatchNorm2d`` in training, with what follows it."""
-    momentum = norm.momentum or 0.0
-    if norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # the mean of all batches
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    return batch_norm_act(
-        x,
-        norm.weight,
-        norm.bias,
-        residual=residual,
-        relu=relu,
-        running_mean=norm.running_mean if norm.track_running_stats else None,
-        running_var=norm.running_var if norm.track_running_stats else None,
-        momentum=momentum,
-        eps=norm.eps,
-        backend="torch" if os.environ.get("SABMN_BACKEND") == "torch" else "auto",  # there is none for GPUs to ask for
-    )
-
-
-# So many weights of a 1×1 convolution, and torch's matrix product was measured to be faster than its convolution, above
-# all for the weights' gradient: up to 1.7 times for 2048 channels.
-_WIDE = 1 << 18
-
-
-def convolve(convolution: nn.Module, x: Tensor) -> Tensor:
-    """``convolution(x)``; in training on the CPU a wide 1×1 one of channels_last images as the product that it is."""
-    if _is_image_here(x) and x.dtype == torch.float32 and _is_wide_product(convolution):
-        rows = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        if rows.is_contiguous() and not torch.is_autocast_enabled("cpu"):
-            weight, bias = convolution.weight, convolution.bias
-            return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)  # type: ignore[operator, arg-type]
-    return convolution(x)  # type: ignore[no-any-return]
-
-
-def _is_wide_product(convolution: nn.Module) -> bool:
-    """Also of a convolution whose weight is parametrized: a subclass that forwards as ``nn.Conv2d`` does."""
-    if not isinstance(convolution, nn.Conv2d) or not convolution.training or _has_hooks(convolution):
-        return False
-    own = "forward" in convolution.__dict__ or type(convolution).forward is not nn.Conv2d.forward
-    single = convolution.kernel_size == convolution.stride == (1, 1) and convolution.padding == (0, 0)
-    values = convolution.in_channels * convolution.out_channels
-    return not own and single and convolution.groups == 1 and values >= _WIDE
+from sabmn_ext.nn.layer_calls import convolve, norm_act
 
 
 class Downsample(nn.Sequential):
@@ -115,8 +39,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = norm_act(self.bn1, self.conv1(x), self.relu)
-        return norm_act(self.bn2, self.conv2(out), self.relu, identity)
+        out = norm_act(self.bn1, convolve(self.conv1, x), self.relu)
+        return norm_act(self.bn2, convolve(self.conv2, out), self.relu, identity)
 
 
 class Bottleneck(nn.Module):
@@ -138,7 +62,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = norm_act(self.bn1, convolve(self.conv1, x), self.relu)
-        out = norm_act(self.bn2, self.conv2(out), self.relu)
+        out = norm_act(self.bn2, convolve(self.conv2, out), self.relu)
         return norm_act(self.bn3, convolve(self.conv3, out), self.relu, identity)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sabmn_ext.nn.attention import SelfAttention2d
 from sabmn_ext.nn.batch_norm import followers, rescale, warn_about
+from sabmn_ext.nn.layer_calls import convolve
 from sabmn_ext.nn.resnet import ResNet, load_backbone_weights
 from sabmn_ext.nn.spectral_norm import CONVOLUTIONS, layer_sigma, spectral_norm_model
 
@@ -132,7 +133,7 @@ class SABMN(nn.Module):
             x = stage(x)
             if self.attention is not None and number == self.attention_stage:
                 x = self.attention(x)
-        feature = self.feature(self.pool(x)).flatten(1)  # [B, feature_dim]
+        feature = convolve(self.feature, self.pool(x)).flatten(1)  # [B, feature_dim]
         if not self.training:
             return self.feature_norm(feature) if self.bn_neck else feature  # type: ignore[no-any-return]
         shared = self.dropout(self.relu(self.feature_norm(feature)))

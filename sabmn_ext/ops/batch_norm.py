@@ -8,12 +8,12 @@ ever meets the kernels, and they need no schema.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
 
 from sabmn_ext.ops import dispatch, reference
 from sabmn_ext.ops.cpu import batch_norm as kernels
+from sabmn_ext.ops.cpu.plain import why_not_plain
 from sabmn_ext.ops.cpu.unshared import unshared
 
 for _operation in ("batch_norm_act_forward", "batch_norm_act_backward"):
@@ -89,26 +89,17 @@ def _why_not(
     running_var: Tensor | None,
 ) -> str | None:
     """Why the kernel cannot serve these tensors here, device and dtype of x aside; None where it can."""
-    if torch._C._get_tracing_state() is not None:
-        return "the call is being traced"
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
-        return "a transformation of torch.func or a dispatch mode is at work"
-    if forward_ad._current_level >= 0:
-        return "it has no derivative in forward mode"
+    reason = why_not_plain(x, residual, weight, bias, running_mean, running_var)
+    if reason is not None:
+        return reason
     if x.numel() == 0 or not _is_dense(x):
         return f"it serves contiguous or channels_last images that are not empty, not {list(x.shape)} by {x.stride()}"
     if residual is not None and residual.dtype != x.dtype:
         return f"it adds a residual of x's dtype, {x.dtype}, not {residual.dtype}"
-    for tensor in (x, residual, weight, bias, running_mean, running_var):
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.device != x.device):
-            return f"it takes plain tensors on {x.device}, not {type(tensor).__name__} on {tensor.device}"
     for tensor in (weight, bias, running_mean, running_var):
         if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
             return "it takes contiguous float32 weights, biases and running statistics"
     return None
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_dense(x: Tensor) -> bool:

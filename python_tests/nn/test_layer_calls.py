@@ -1,4 +1,4 @@
-"""The ResNet's batch norms in training: one operation with residual and ReLU, where the modules are plain ones."""
+"""A ResNet's layers in training by faster operations, where the modules are plain ones."""
 
 import copy
 from collections import Counter
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sabmn_ext
-from sabmn_ext.nn.resnet import BasicBlock, Bottleneck, Downsample, ResNet, convolve
+from sabmn_ext.nn.layer_calls import convolve
+from sabmn_ext.nn.resnet import BasicBlock, Bottleneck, Downsample, ResNet
 from sabmn_ext.ops import dispatch
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -68,7 +69,12 @@ def test_a_training_step_is_that_of_the_plain_modules(
         y.backward(direction)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in ours.modules())
     passes = ("batch_norm_act_forward", "batch_norm_act_backward")
-    assert Counter(calls) == {(name, "cpu"): norms for name in passes}
+    expected_calls = {(name, "cpu"): norms for name in passes}
+    if form == "channels_last":
+        convolutions = (m for m in ours.modules() if isinstance(m, nn.Conv2d))
+        winograds = sum(m.kernel_size == (3, 3) and m.stride == (1, 1) for m in convolutions)
+        expected_calls |= {(name, "cpu"): winograds for name in ("conv3x3_forward", "conv3x3_backward")}
+    assert Counter(calls) == expected_calls
     with plain_modules(monkeypatch):
         expected = other(images)
         expected.backward(direction)
@@ -231,6 +237,55 @@ def test_wide_convolutions_are_products(normalized: bool) -> None:
     for x in (images.contiguous(), images[..., :2]):
         assert "aten::conv2d" in run(ours, lambda _, x=x: convolve(ours[0], x))[1]
     assert "aten::conv2d" in run(ours.eval(), lambda x: convolve(ours[0], x))[1]
+
+
+@needs_native
+@pytest.mark.parametrize("normalized", [False, True])
+def test_3x3_convolutions_go_by_winograds_products(normalized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training, of channels_last images and many channels; the module is called where it is not plain."""
+    images = torch.randn(2, 64, 8, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours = nn.Sequential(nn.Conv2d(64, 72, 3, padding=1, bias=False)).to(memory_format=torch.channels_last)
+    if normalized:
+        sabmn_ext.spectral_norm_model(ours, preserve_eval=False)
+    other = copy.deepcopy(ours)
+    monkeypatch.setattr(ours, "forward", lambda x: convolve(ours[0], x))  # within the root's hooks
+
+    def run(model: nn.Module, x: Tensor = images) -> tuple[list[Tensor], list[tuple[str, str]]]:
+        with dispatch.record() as calls:
+            y = model(x)
+            found = [y, *torch.autograd.grad(y.square().sum(), [images, *model.parameters()])]
+        return found, [call for call in calls if "conv" in call[0]]
+
+    found, calls = run(ours)
+    assert calls == [("conv3x3_forward", "cpu"), ("conv3x3_backward", "cpu")]
+    for mine, right in zip(found, run(other)[0], strict=True):
+        assert torch.allclose(mine, right, atol=1e-4 * right.abs().max().item())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = run(ours, images.bfloat16())[0][0]
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), other(images), atol=0.1)
+    hooked = ours[0].register_forward_hook(double)
+    assert not run(ours)[1]
+    hooked.remove()
+    for x in (images.contiguous(), images[:1, :, :7]):
+        assert not run(ours, x)[1]
+    ours.to(memory_format=torch.contiguous_format)
+    assert not run(ours)[1]
+    assert not run(ours.to(memory_format=torch.channels_last).eval())[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 2}, {"bias": True}, {"padding_mode": "circular"},
+     {"padding": "same"}, {"kernel_size": 5}],
+)  # fmt: skip
+def test_other_convolutions_are_called(options: dict[str, Any]) -> None:
+    defaults = {"kernel_size": 3, "padding": 1, "bias": False}
+    convolution = nn.Conv2d(64, 64, **(defaults | options)).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+    x = torch.randn(2, 64, 9, 8).contiguous(memory_format=torch.channels_last)
+    with dispatch.record() as calls:
+        assert torch.equal(convolve(convolution, x), convolution(x))
+    assert not calls
 
 
 def test_traced_and_compiled_networks_hold_the_modules() -> None:

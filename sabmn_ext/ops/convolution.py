@@ -1,0 +1,104 @@
+"""3×3 convolutions by Winograd's minimal filtering: checks, dispatch and autograd.
+
+F(2×2, 3×3) takes 16 products for a tile of 2×2 outputs where the definition takes 36 (Winograd, 1980; Lavin and Gray,
+"Fast Algorithms for Convolutional Neural Networks", CVPR 2016). Where the kernels do not serve, and inside of
+torch.func, torch.compile and export, the operation is ``torch.conv2d``: so none of these ever meets the kernels, and
+they need no schema.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sabmn_ext.ops import dispatch
+from sabmn_ext.ops.cpu import winograd
+from sabmn_ext.ops.cpu.plain import why_not_plain
+
+
+def _torch_by_amx(device: torch.device, dtype: torch.dtype) -> str | None:
+    """AMX multiplies bfloat16 16 times as fast as float32, in which the kernels' products are taken."""
+    return "torch" if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else None
+
+
+for _operation in ("conv3x3_forward", "conv3x3_backward"):
+    dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.bfloat16))
+    dispatch.prefer(_operation, _torch_by_amx)
+
+
+def conv3x3(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """``torch.conv2d(x, weight, padding=1)``.
+
+    Args:
+        x: ``[B, C, H, W]``. C++ transforms and torch's matrix products, both in float32, serve float32 and bfloat16 on
+            the CPU, in channels_last memory (another layout is copied); torch's convolution serves all else, and
+            bfloat16 where the processor has AMX. Under autocast x and weight are taken in autocast's dtype.
+        weight: ``[O, C, 3, 3]`` of x's dtype, best in channels_last memory too.
+        backend: ``cpu``, ``torch``, or None / ``auto`` for the first of them that can.
+
+    Returns:
+        ``[B, O, H, W]``, channels_last from the kernels. Second derivatives are right, through torch's operations. The
+        rounding error of y and of x's gradient is about half of torch's convolution's in float32, that of the weight's
+        gradient up to two and a half times it (``benchmarks/convolution_bench.py``). What is not finite makes all of
+        the tiles around it so.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        RuntimeError: the backend that was asked for cannot serve the call; says why.
+
+    >>> x = torch.randn(8, 256, 16, 8).contiguous(memory_format=torch.channels_last)
+    >>> conv3x3(x, torch.randn(512, 256, 3, 3)).shape
+    torch.Size([8, 512, 16, 8])
+    """
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"x has shape {list(x.shape)} and weight {list(weight.shape)}; expected [B, C, H, W] and [O, C, 3, 3]"
+        )
+    if torch.compiler.is_compiling():
+        return F.conv2d(x, weight, padding=1)
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
+    if _takes_torch(x, weight, backend):
+        return F.conv2d(x, weight, padding=1)
+    x, weight = _channels_last(x), _channels_last(weight)
+    if torch.is_grad_enabled():
+        return _Conv3x3.apply(x, weight)  # type: ignore[no-any-return]
+    return winograd.forward(x, weight)[0]
+
+
+def _takes_torch(x: Tensor, weight: Tensor, backend: str | None) -> bool:
+    reason = why_not_plain(x, weight)
+    if reason is None and (x.numel() == 0 or weight.numel() == 0):
+        reason = f"it serves images and weights that are not empty, not {list(x.shape)} and {list(weight.shape)}"
+    if reason is None and weight.dtype != x.dtype:
+        reason = f"it takes a weight of x's dtype, {x.dtype}, not {weight.dtype}"
+    if reason is not None and backend == "cpu":
+        raise RuntimeError(f"backend 'cpu' cannot serve conv3x3: {reason}. Ask for another one, or for 'auto'")
+    asked = backend if reason is None else "torch"
+    return dispatch.choose("conv3x3_forward", asked, x.device, x.dtype) == "torch"
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class _Conv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        y, weights = winograd.forward(x, weight)
+        ctx.save_for_backward(x, weight, weights if ctx.needs_input_grad[0] else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight, weights = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        if torch.is_grad_enabled() or not torch._C._has_storage(grad_y):
+            # This pass is differentiated itself, or many gradients come as one (is_grads_batched).
+            found = torch.ops.aten.convolution_backward(
+                grad_y, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [needs_x, needs_weight, False]
+            )
+            return found[0], found[1]
+        dispatch.choose("conv3x3_backward", "cpu", x.device, x.dtype)
+        return winograd.backward(_channels_last(grad_y), x, weight, weights, needs_weight)

@@ -1,0 +1,110 @@
+"""A 3×3 convolution by Winograd's products: the transforms of csrc/winograd, and between them torch's matrix products.
+
+Images [B, C, H, W] and weights [O, C, 3, 3] are channels_last, float32 or bfloat16. Planes are float32
+[16, tiles, channels]; a tile is 2×2 positions of the output.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sabmn_ext import _native
+from sabmn_ext.ops import dispatch
+from sabmn_ext.ops.cpu.buffers import Buffers
+
+# The codes of csrc/winograd/winograd.h.
+_TRANSFORMS = ("input", "input_gradient", "output", "output_gradient", "weight", "weight_gradient")
+
+# Values of one of the 16 planes that go through the products at a time: 4 MB of planes on either side were the fastest
+# on a processor with 2 MB of cache for each core, and a batch of any size needs no more memory.
+_PLANE = 1 << 16
+
+# The planes of all layers in turn, and what the last step's images and gradients stood on.
+_buffers = Buffers(kept_calls=256)
+
+
+def _transform(name: str, image: Tensor, planes: Tensor) -> Tensor:
+    """``image`` into its planes, or ``planes`` into an image; the result."""
+    assert _native.module is not None
+    batch, channels, height, width = image.shape
+    status = _native.module.winograd(
+        _TRANSFORMS.index(name),
+        (dispatch.DTYPE_CODES[image.dtype], batch, height, width, channels),
+        image.data_ptr(),
+        planes.data_ptr(),
+        torch.get_num_threads(),
+    )
+    dispatch.check_status(status, f"winograd {name}", image)
+    return planes if name in ("input", "output_gradient", "weight") else image
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    return _buffers.empty_strided([(shape, strides, dtype)])[0]
+
+
+def _empty_image(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    batch, channels, height, width = shape
+    return _empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _tiles(image: Tensor) -> int:
+    batch, _, height, width = image.shape
+    return batch * ((height + 1) // 2) * ((width + 1) // 2)
+
+
+def _parts(x: Tensor, weight: Tensor) -> list[slice]:
+    """Images that go through the products together: in planes that a cache holds, but no smaller than the weight's."""
+    rows, columns = weight.shape[:2]
+    image = _tiles(x[:1]) * max(rows, columns)
+    count = max(_PLANE, rows * columns) // image + 1
+    return [slice(begin, begin + count) for begin in range(0, x.shape[0], count)]
+
+
+class _Planes:
+    """Of the images of a part, [16, tiles, channels] in memory that all parts share."""
+
+    def __init__(self, images: int, image: Tensor) -> None:
+        self._memory = _empty(images, 16, _tiles(image[:1]), image.shape[1])
+
+    def of(self, part: Tensor) -> Tensor:
+        return self._memory[: part.shape[0]].view(16, _tiles(part), part.shape[1])
+
+
+def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, O, H, W], and the weight's planes [16, O, C], which the backward pass needs."""
+    rows, columns = weight.shape[:2]
+    weights = _transform("weight", weight, _empty(16, rows, columns))
+    y = _empty_image((x.shape[0], rows, *x.shape[2:]), x.dtype)
+    parts = _parts(x, weight)
+    inputs, products = (_Planes(min(x.shape[0], parts[0].stop), image) for image in (x, y))
+    for part in parts:
+        planes = _transform("input", x[part], inputs.of(x[part]))
+        torch.bmm(planes, weights.mT, out=products.of(y[part]))
+        _transform("output", y[part], products.of(y[part]))
+    return y, weights
+
+
+def backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, weights: Tensor | None, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x, wanted where the weight's planes are given, and of weight."""
+    grad_x = None if weights is None else _empty_image(x.shape, x.dtype)
+    products = _empty(16, *weight.shape[:2]) if needs_weight else None
+    parts = _parts(x, weight)
+    inputs, gradients = (_Planes(min(x.shape[0], parts[0].stop), image) for image in (x, grad_y))
+    for part in parts:
+        planes = gradients.of(grad_y[part])
+        _transform("output_gradient", grad_y[part], planes)
+        if products is not None:
+            right = _transform("input", x[part], inputs.of(x[part]))
+            torch.baddbmm(products, planes.mT, right, beta=0 if part.start == 0 else 1, out=products)
+        if grad_x is not None and weights is not None:
+            found = torch.bmm(planes, weights, out=inputs.of(x[part]))
+            _transform("input_gradient", grad_x[part], found)
+    if products is None:
+        return grad_x, None
+    return grad_x, _transform("weight_gradient", _empty_image(weight.shape, weight.dtype), products)
