@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sabmn_ext.host_memory import keep_freed_memory
 from sabmn_ext.train import build_config, is_message, settings_parser
 from sabmn_ext.training.ablation import GROUPS, Row, check_folder, pick_rows, run
 from sabmn_ext.training.checkpoint import write_atomically
@@ -65,6 +66,7 @@ def write_table(out: Path, table: list[dict[str, Any]], base: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
+    keep_freed_memory()
     from sabmn_ext.report.ablation import text_table
     from sabmn_ext.training.interrupt import TrainingInterrupted
 

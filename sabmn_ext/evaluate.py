@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sabmn_ext.host_memory import keep_freed_memory
 from sabmn_ext.ops.retrieval import METRICS
 from sabmn_ext.report.evaluation import counterfactual_report, difference_report, interval_report, verification_report
 from sabmn_ext.report.page import ReportContents, check_folder, write_report
@@ -242,6 +243,7 @@ def check_conformance(folder: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
+    keep_freed_memory()
     try:
         if args.conformance:
             for name in ("data", "format", "metric", "against", "json", "ranked", "report"):

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sabmn_ext.host_memory import keep_freed_memory
+
 SPLITS = ("train", "query", "gallery")
 
 
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
+    keep_freed_memory()
     try:
         run(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from sabmn_ext.host_memory import keep_freed_memory
 from sabmn_ext.training.config import Config, all_keys, load_recipe, set_key
 
 # Convenience options: each is an alias of one key of the recipe.
@@ -131,6 +132,7 @@ def is_message(error: Exception) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
+    keep_freed_memory()
     from sabmn_ext.training.interrupt import TrainingInterrupted
     from sabmn_ext.training.loop import train
     from sabmn_ext.training.processes import joined
