@@ -208,7 +208,7 @@ def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_wide_convolutions_are_products(normalized: bool) -> None:
-    """In training, of channels_last images; the module is called where it has a hook or another forward."""
+    """Of channels_last images; the module is called where it has a hook or another forward."""
     images = torch.randn(3, 512, 5, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
     ours = nn.Sequential(nn.Conv2d(512, 1024, 1, bias=not normalized)).to(memory_format=torch.channels_last)
     if normalized:
@@ -236,13 +236,13 @@ def test_wide_convolutions_are_products(normalized: bool) -> None:
     hooked.remove()
     for x in (images.contiguous(), images[..., :2]):
         assert "aten::conv2d" in run(ours, lambda _, x=x: convolve(ours[0], x))[1]
-    assert "aten::conv2d" in run(ours.eval(), lambda x: convolve(ours[0], x))[1]
+    assert "aten::conv2d" not in run(ours.eval(), lambda x: convolve(ours[0], x))[1]
 
 
 @needs_native
 @pytest.mark.parametrize("normalized", [False, True])
 def test_3x3_convolutions_go_by_winograds_products(normalized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training, of channels_last images and many channels; the module is called where it is not plain."""
+    """Of channels_last images, many channels and positions; the module is called where it is not plain."""
     images = torch.randn(2, 64, 8, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
     ours = nn.Sequential(nn.Conv2d(64, 72, 3, padding=1, bias=False)).to(memory_format=torch.channels_last)
     if normalized:
@@ -271,7 +271,13 @@ def test_3x3_convolutions_go_by_winograds_products(normalized: bool, monkeypatch
         assert not run(ours, x)[1]
     ours.to(memory_format=torch.contiguous_format)
     assert not run(ours)[1]
-    assert not run(ours.to(memory_format=torch.channels_last).eval())[1]
+    ours.to(memory_format=torch.channels_last).eval()
+    assert not run(ours)[1]
+    many = torch.randn(2, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), dispatch.record() as calls:
+        features = ours(many)
+    assert ("conv3x3_forward", "cpu") in calls
+    assert torch.allclose(features, ours[0](many), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Calls of convolutions and batch norms, in training on the CPU by faster operations where the modules are plain."""
+"""Calls of convolutions and batch norms: on the CPU by faster operations, where the modules are plain ones."""
 
 import os
 from typing import TypeGuard
@@ -63,12 +63,14 @@ def _fused(norm: nn.BatchNorm2d, x: Tensor, relu: bool, residual: Tensor | None)
 # So many weights of a 1×1 convolution, and torch's matrix product was measured to be faster than its convolution, above
 # all for the weights' gradient: up to 1.7 times for 2048 channels.
 _WIDE = 1 << 18
-# So many channels on either side, and positions in the batch, and Winograd's products were faster than a convolution.
-_MANY = 64
+# So many channels on either side, and Winograd's products were faster than a convolution.
+_MANY_CHANNELS = 64
+# So many positions in the batch as well. The gradients gain more than the forward pass.
+_MANY_POSITIONS = {True: 64, False: 512}  # in training, in eval mode
 
 
 def convolve(convolution: nn.Module, x: Tensor) -> Tensor:
-    """``convolution(x)``; in training on the CPU, of images in channels_last, by fewer or faster products.
+    """``convolution(x)``; on the CPU, of images in channels_last, by fewer or faster products.
 
     A wide 1×1 one in float32 is a matrix product, and a 3×3 one of stride 1 goes by Winograd's (``conv3x3``). The
     weight may be parametrized.
@@ -89,8 +91,8 @@ def convolve(convolution: nn.Module, x: Tensor) -> Tensor:
 
 
 def _forwards_as_conv2d(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether ``module``, in training, does what a ``nn.Conv2d`` of one group does: a parametrized one too."""
-    if not isinstance(module, nn.Conv2d) or not module.training or _has_hooks(module):
+    """Whether ``module`` does what a ``nn.Conv2d`` of one group does: a parametrized one too."""
+    if not isinstance(module, nn.Conv2d) or _has_hooks(module):
         return False
     own = "forward" in module.__dict__ or type(module).forward is not nn.Conv2d.forward
     return not own and module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
@@ -103,8 +105,8 @@ def _is_wide_product(convolution: nn.Conv2d) -> bool:
 
 def _is_winograds(convolution: nn.Conv2d, x: Tensor) -> bool:
     sizes = (convolution.kernel_size, convolution.stride, convolution.padding)
-    positions = x.numel() // convolution.in_channels
-    many = min(convolution.in_channels, convolution.out_channels, positions) >= _MANY
+    many = min(convolution.in_channels, convolution.out_channels) >= _MANY_CHANNELS
+    many = many and x.shape[0] * x.shape[2] * x.shape[3] >= _MANY_POSITIONS[convolution.training]
     return many and sizes == ((3, 3), (1, 1), (1, 1)) and convolution.bias is None
 
 
