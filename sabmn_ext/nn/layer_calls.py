@@ -65,8 +65,8 @@ def _fused(norm: nn.BatchNorm2d, x: Tensor, relu: bool, residual: Tensor | None)
 _WIDE = 1 << 18
 # So many channels on either side, and Winograd's products were faster than a convolution.
 _MANY_CHANNELS = 64
-# So many positions in the batch as well. The gradients gain more than the forward pass.
-_MANY_POSITIONS = {True: 64, False: 512}  # in training, in eval mode
+# So many positions in an image as well: the batch does not decide, since its parts may go to several processes.
+_MANY_POSITIONS = 48
 
 
 def convolve(convolution: nn.Module, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _is_wide_product(convolution: nn.Conv2d) -> bool:
 def _is_winograds(convolution: nn.Conv2d, x: Tensor) -> bool:
     sizes = (convolution.kernel_size, convolution.stride, convolution.padding)
     many = min(convolution.in_channels, convolution.out_channels) >= _MANY_CHANNELS
-    many = many and x.shape[0] * x.shape[2] * x.shape[3] >= _MANY_POSITIONS[convolution.training]
+    many = many and x.shape[2] * x.shape[3] >= _MANY_POSITIONS
     return many and sizes == ((3, 3), (1, 1), (1, 1)) and convolution.bias is None
 
 

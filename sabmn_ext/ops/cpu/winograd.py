@@ -21,7 +21,7 @@ _TRANSFORMS = ("input", "input_gradient", "output", "output_gradient", "weight",
 _PLANE = 1 << 16
 
 # The planes of all layers in turn, and what the last step's images and gradients stood on.
-_buffers = Buffers(kept_calls=256)
+_buffers = Buffers(kept_calls=1024)
 
 
 def _transform(name: str, image: Tensor, planes: Tensor) -> Tensor:
