@@ -79,7 +79,8 @@ def test_gradients_are_those_of_normalizing_first_and_casting_then(dtype: torch.
     assert model.dtypes == [dtype, dtype, dtype, torch.float32]
     for mine, theirs, reference_gradient in zip(ours, rounded, references, strict=True):
         assert mine.dtype == torch.float32
-        assert (theirs - reference_gradient).abs().max() > 1e-4 * reference_gradient.abs().max() or theirs.dim() == 1
+        # The weight was rounded to 16 bits: float32's own rounding is 1e-6 at most, float16's may be as little as 8e-5.
+        assert (theirs - reference_gradient).abs().max() > 1e-5 * reference_gradient.abs().max() or theirs.dim() == 1
         assert_close_to_float64(mine, theirs, reference_gradient)
 
 
