@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sabmn_ext.extract import add_network_options
+from sabmn_ext.host_memory import keep_freed_memory
 from sabmn_ext.ops.retrieval import METRICS
 from sabmn_ext.report.found import Found, draw_found
 
@@ -170,6 +171,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
+    keep_freed_memory()
     try:
         run(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
