@@ -8,12 +8,12 @@ are those of the bytes that the plan reads and writes: x twice, the residual, y;
 gradient of x, with a residual y and its gradient too. Both candidates must agree first.
 """
 
-import argparse
 from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from layer_settings import layer_parser
 from timing import Run, timed, wall_clock
 from torch import Tensor
 
@@ -128,13 +128,8 @@ def plan_bytes(layer: Layer, batch: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, nargs=2, default=[256, 128], help="height and width of the images")
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["fp32"])
+    parser = layer_parser(__doc__, DTYPES)
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=["channels_last"])
-    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.manual_seed(0)
     for threads in options.threads:

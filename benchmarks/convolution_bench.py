@@ -8,13 +8,12 @@ products of the direct convolution, so that they can be more than the processor'
 those of torch over ours: above 1 ours are smaller.
 """
 
-import argparse
 from collections.abc import Callable
-from statistics import median
 from typing import NamedTuple
 
 import torch
-from timing import timed
+from layer_settings import layer_parser
+from timing import interleaved
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,7 +65,7 @@ def measure(
     runs: dict[tuple[str, str], Callable[[], object]] = {}
     for name, candidate in candidates.items():
         runs |= {("forward", name): candidate.forward, ("with gradients", name): candidate.with_gradients}
-    return {key: median(values) for key, values in timed(runs, rounds).items()}, errors
+    return interleaved(runs, rounds), errors
 
 
 def compare(candidates: dict[str, Candidate], tensors: tuple[Tensor, ...]) -> list[float]:
@@ -85,13 +84,7 @@ def compare(candidates: dict[str, Candidate], tensors: tuple[Tensor, ...]) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, nargs=2, default=[256, 128], help="height and width of the images")
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["fp32"])
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
+    options = layer_parser(__doc__, DTYPES).parse_args()
     torch.manual_seed(0)
     for threads in options.threads:
         torch.set_num_threads(threads)

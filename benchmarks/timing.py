@@ -15,7 +15,7 @@ Name = TypeVar("Name")
 MIN_ROUNDS = 3
 
 
-def interleaved(candidates: dict[str, Run], rounds: int) -> dict[str, float]:
+def interleaved(candidates: dict[Name, Run], rounds: int) -> dict[Name, float]:
     """The median seconds of each candidate over ``rounds`` rounds, in which every one runs once; one warm-up each."""
     return {name: median(values) for name, values in timed(candidates, rounds).items()}
 
