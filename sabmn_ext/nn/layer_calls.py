@@ -66,7 +66,7 @@ _WIDE = 1 << 18
 # So many channels on either side, and Winograd's products were faster than a convolution.
 _MANY_CHANNELS = 64
 # So many positions in an image as well: the batch does not decide, since its parts may go to several processes.
-_MANY_POSITIONS = 48
+_MANY_POSITIONS = 16
 
 
 def convolve(convolution: nn.Module, x: Tensor) -> Tensor:
