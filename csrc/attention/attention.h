@@ -61,7 +61,8 @@ SABMN_FOR_EACH_ISA(Status attention_forward(const AttentionInputs& inputs, const
 SABMN_FOR_BF16_ISA(Status attention_forward(const AttentionInputs& inputs, const Image& y);)
 SABMN_FOR_EACH_ISA(Status attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients);)
 SABMN_FOR_BF16_ISA(Status attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients);)
-// result[i] = exp(x[i]) for x[i] ≤ 0, as the kernels compute it (float32 and float64); for its test.
+// result[i] = exp(x[i]) for x[i] ≤ 0, as the kernels compute it, for its test: float32, float64; bfloat16 stands for
+// float32 as it is computed where it will be rounded to bfloat16.
 SABMN_FOR_EACH_ISA(Status attention_exponential(DType dtype, const void* x, void* result, int64_t count);)
 
 }  // namespace sabmn

@@ -12,7 +12,6 @@
 // The gradients of a position's query, key and value lie side by side, [B, N, columns], and so does its out: they are the
 // right operands of the weights' gradients, whose left operand is the image as it stands.
 
-#include "attention/exponential.h"
 #include "attention/factors.h"
 #include "attention/product.h"
 #include "attention/tiles.h"
@@ -199,7 +198,7 @@ struct Backward {
     void softmax_gradient(int64_t rows, int64_t count, const F* maximum, const F* term, F* map, F* map_gradient,
                           P* powers, P* slopes, P* slope_rows) const {
         const auto vectors = [&](int64_t row, int64_t at, Vector<F>& power, Vector<F>& slope) {
-            power = exponential<F>(vector_at(map + at) - maximum[row]);
+            power = exponential<F, Powers<T>>(vector_at(map + at) - maximum[row]);
             slope = power * (vector_at(map_gradient + at) - term[row]);
         };
         for (int64_t row = 0; row < rows; row += terms)

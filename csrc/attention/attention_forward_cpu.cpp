@@ -8,7 +8,6 @@
 
 #include <limits>
 
-#include "attention/exponential.h"
 #include "attention/factors.h"
 #include "attention/product.h"
 #include "attention/tiles.h"
@@ -61,18 +60,20 @@ void project(const AttentionInputs& in, const Projection<T> (&parts)[3], int64_t
              int64_t count, Arena<Wide<T>> arena) {
     using F = Wide<T>;
     const int64_t C = in.sizes.channels;
+    constexpr int64_t depth = chunk * FactorOf<T>::terms;  // of a product
     Factor<T>* const tile = take_factors<T>(arena, chunk * lanes);
     const int64_t rows = parts[0].rows + parts[1].rows + parts[2].rows;
     F* const sums = arena.take(tiles_together * rows * lanes);
     const Windows<T> x(in.x, in.sizes.width, image, first, count);
-    for (int64_t c = 0; c < C; c += chunk) {
-        const int64_t channels = smaller(chunk, C - c);
+    for (int64_t c = 0; c < C; c += depth) {
+        const int64_t channels = smaller(depth, C - c);
         each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
             load_factors(x[t], c, channels, tile);
+            Fetch next = x.is_last(t) ? x[0].fetch(c + depth, smaller(depth, C - c - depth)) : x[t + 1].fetch(c, channels);
             F* to = sums + t * rows * lanes;
             for (const auto& part : parts) {
                 const Left<Factor<T>> weight{part.weight + steps<T>(c), steps<T>(C), 1};
-                product(part.rows, positions, steps<T>(channels), weight, tile, lanes, to, lanes, c > 0);
+                product(part.rows, positions, steps<T>(channels), weight, tile, lanes, to, lanes, c > 0, next);
                 to += part.rows * lanes;
             }
         });
@@ -88,16 +89,17 @@ struct Softmax {
     F maximum[lanes], total[lanes];
 };
 
-// map[key][query]: of the logits `powers` become the exponentials of their distance to the maximum so far, in place but
-// for pairs; out, if there is one already, is corrected for a maximum that has grown. What is summed are the powers as
-// they are multiplied, rounded: out stays a mean of the values, and where a row is nearly one-hot, what sets it apart
-// from one of them is as exact as the other powers.
+// map[key][query]: the logits become the exponentials of their distance to the maximum so far, in place, as factors; out,
+// if there is one already, is corrected for a maximum that has grown. What is summed are the powers as they are
+// multiplied, rounded: out stays a mean of the values, and where a row is nearly one-hot, what sets it apart from one of
+// them is as exact as the other powers.
 template <typename T>
-void online_softmax(int64_t keys, int64_t count, Wide<T>* map, Factor<T>* powers, Softmax<Wide<T>>& softmax,
-                    int64_t rows, Wide<T>* out, bool first) {
+void online_softmax(int64_t keys, int64_t count, Wide<T>* map, Softmax<Wide<T>>& softmax, int64_t rows, Wide<T>* out,
+                    bool first) {
     using F = Wide<T>;
     constexpr int group = 4;  // vectors at a time: one chain of maxima would wait for itself
     constexpr int64_t width = vector_lanes<F>;
+    Factor<T>* const powers = reinterpret_cast<Factor<T>*>(map);
     for (int64_t lane = 0; lane < count; lane += group * width) {
         Vector<F> before[group], most[group], sum[group] = {};
         // The lowest start is finite: a row that begins with logits of −∞ is as good as any other.
@@ -107,10 +109,10 @@ void online_softmax(int64_t keys, int64_t count, Wide<T>* map, Factor<T>* powers
         for (int64_t row = 0; row < keys; ++row)
             for (int i = 0; i < group; ++i) {
                 const Vector<F> logit = vector_at(map + row * lanes + lane + i * width);
-                most[i] = logit > most[i] ? logit : most[i];
+                most[i] = greater<F>(logit, most[i]);
             }
         const auto power = [&](int64_t row, int i) {
-            return exponential<F>(vector_at(map + row * lanes + lane + i * width) - most[i]);
+            return exponential<F, Powers<T>>(vector_at(map + row * lanes + lane + i * width) - most[i]);
         };
         for (int64_t row = 0; row < keys; row += FactorOf<T>::terms)
             for (int i = 0; i < group; ++i) {
@@ -153,7 +155,7 @@ void store_out(const AttentionInputs& in, int64_t image, int64_t first, int64_t 
 // out and lse of a tile of queries; leaves gamma · out.
 template <typename T>
 void attend(const AttentionInputs& in, const Factor<T>* keys, const Factor<T>* values, int64_t image, int64_t first,
-            int64_t count, Wide<T>* map, Factor<T>* powers, Factor<T>* query, Wide<T>* out) {
+            int64_t count, Wide<T>* map, Factor<T>* query, Wide<T>* out) {
     using F = Wide<T>;
     const int64_t N = in.sizes.positions(), dk = in.sizes.key_width, dv = in.sizes.value_width;
     const AttentionChunks cut(in.sizes);
@@ -165,7 +167,8 @@ void attend(const AttentionInputs& in, const Factor<T>* keys, const Factor<T>* v
         const Left<Factor<T>> key{keys + cut.at(image, steps<T>(dk), i), 1, cut.positions};
         const Left<Factor<T>> value{values + steps<T>(cut.at(image, dv, i)), steps<T>(cut.positions), 1};
         product(part, count, steps<T>(dk), key, query, lanes, map, lanes, false);
-        online_softmax<T>(part, count, map, powers, softmax, dv, out, i == 0);
+        online_softmax<T>(part, count, map, softmax, dv, out, i == 0);
+        const Factor<T>* const powers = reinterpret_cast<const Factor<T>*>(map);
         product(dv, count, steps<T>(part), value, powers, lanes, out, lanes, i > 0);
     }
     each_vector<F>(dv, count, [&](int64_t, int64_t lane, int64_t at) {
@@ -189,14 +192,13 @@ void attend_and_project(const AttentionInputs& in, const Factor<T>* w_out, const
     using F = Wide<T>;
     const int64_t C = in.sizes.channels, dk = in.sizes.key_width, dv = in.sizes.value_width;
     F* const map = arena.take(chunk * lanes);  // [keys of a chunk][queries], then y
-    Factor<T>* const powers = take_factors_of<T>(arena, map, chunk / FactorOf<T>::terms * lanes);
     Factor<T>* const query = take_factors<T>(arena, dk * lanes);
     F* const outs = arena.take(tiles_together * dv * lanes);
     Factor<T>* const rounded = take_factors_of<T>(arena, outs, tiles_together * dv * lanes);
     const Factor<T>* factors[tiles_together];  // the outs as w_out's product reads them
     each_tile(first, count, [&](int64_t t, int64_t begin, int64_t positions) {
         F* const out = outs + t * dv * lanes;
-        attend<T>(in, keys, values, image, begin, positions, map, powers, query, out);
+        attend<T>(in, keys, values, image, begin, positions, map, query, out);
         if (w_out) factors[t] = tile_factors<T>(dv, positions, out, rounded + t * dv * lanes);
     });
     const F gamma = *static_cast<const F*>(in.gamma);
@@ -209,7 +211,7 @@ void attend_and_project(const AttentionInputs& in, const Factor<T>* w_out, const
             const int64_t depth = steps<T>(dv);
             if (w_out)
                 product(channels, positions, depth, Left<Factor<T>>{w_out + c * depth, depth, 1}, factors[t], lanes,
-                        tile, lanes, true);
+                        tile, lanes, true, to[t].fetch(c, channels));
             else
                 each_vector<F>(channels, positions, [&, out = outs + t * dv * lanes](int64_t, int64_t, int64_t at) {
                     vector_at(tile + at) += vector_at(out + c * lanes + at);
@@ -271,13 +273,14 @@ Status attention_forward(const AttentionInputs& inputs, const Image& y) {
 
 namespace {
 
-template <typename F>
+template <typename F, typename E = Exponential<F>>
 Status exponentials(const void* x, void* result, int64_t count) {
     F from[64] = {}, to[64];
     for (int64_t i = 0; i < count; i += 64) {
         const int64_t part = smaller(64, count - i);
         __builtin_memcpy(from, static_cast<const F*>(x) + i, part * sizeof(F));
-        for (int64_t at = 0; at < 64; at += vector_lanes<F>) vector_at(to + at) = exponential<F>(vector_at(from + at));
+        for (int64_t at = 0; at < 64; at += vector_lanes<F>) 
+            vector_at(to + at) = exponential<F, E>(vector_at(from + at));
         __builtin_memcpy(static_cast<F*>(result) + i, to, part * sizeof(F));
     }
     return ok;
@@ -288,6 +291,7 @@ Status exponentials(const void* x, void* result, int64_t count) {
 Status attention_exponential(DType dtype, const void* x, void* result, int64_t count) {
     if (dtype == DType::float32) return exponentials<float>(x, result, count);
     if (dtype == DType::float64) return exponentials<double>(x, result, count);
+    if (dtype == DType::bfloat16) return exponentials<float, RoughExponential>(x, result, count);
     return unsupported_dtype;
 }
 

@@ -28,6 +28,10 @@ struct Exponential<float> {
     static constexpr float lowest = scales_subnormals ? -110.0f : -87.0f;
     static constexpr int mantissa = 23;
 };
+// For what will be rounded to bfloat16, which errs by 2^-9: three terms, of the same kind; under 2^-13.
+struct RoughExponential : Exponential<float> {
+    static constexpr float terms[] = {1.0f, 0.6932829022407532f, 0.24221095442771912f, 0.05500892922282219f};
+};
 template <>
 struct Exponential<double> {
     // Taylor's series, (ln 2)^k / k!; its error is under 1e-17, with rounding under 2^-51.
@@ -50,17 +54,26 @@ struct Exponential<double> {
     static constexpr int mantissa = 52;
 };
 
+// The greater of the two, b where one is NaN.
+template <typename T>
+static inline Vector<T> greater(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)  // of the comparison below the compiler makes two instructions where a is a constant
+    if constexpr (sizeof(T) == 4) return (Vector<T>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+    else return (Vector<T>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
 // e^x for x ≤ 0, with a relative error under 2^-22 + |x|·2^-25 (2^-50 + |x|·2^-53 in double; |x|·2^-23 and |x|·2^-51
-// where there is no fused multiply-add): with n the integer nearest to x·log2 e and r = x·log2 e − n, 2^r by a
+// where there is no fused multiply-add; 2^-13 for 2^-22 where it is rough): with n the integer nearest to x·log2 e and r = x·log2 e − n, 2^r by a
 // polynomial, times 2^n. e^0 is 1 exactly, which makes one-hot rows exact. 0 below the smallest normal number or, with
 // AVX-512, below the smallest subnormal one; NaN stays NaN.
-template <typename T>
+template <typename T, typename E = Exponential<T>>
 static inline Vector<T> exponential(Vector<T> x) {
-    using E = Exponential<T>;
     constexpr T log2_e = static_cast<T>(1.4426950408889634);
     constexpr int degree = sizeof(E::terms) / sizeof(T) - 1;
-    // A larger |x| would leave no r. The comparison is false for NaN, which therefore passes.
-    const Vector<T> bounded = E::lowest > x ? Vector<T>{} + E::lowest : x;
+    const Vector<T> bounded = greater<T>(Vector<T>{} + E::lowest, x);  // a larger |x| would leave no r; NaN passes
     const Vector<T> shifted = bounded * log2_e + E::rounder;
     const Vector<T> n = shifted - E::rounder;
     const Vector<T> r = bounded * log2_e - n;

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "attention/bf16_pairs.h"
+#include "attention/exponential.h"
 #include "attention/product.h"
 #include "attention/tiles.h"
 
@@ -29,6 +30,9 @@ template <typename T>
 using Factor = typename FactorOf<T>::Type;
 template <typename T>
 constexpr bool in_pairs = FactorOf<T>::terms == 2;
+// How well the powers of a softmax are computed that become factors.
+template <typename T>
+using Powers = std::conditional_t<in_pairs<T>, RoughExponential, Exponential<Wide<T>>>;
 // One term of a factor.
 template <typename T>
 using Term = std::conditional_t<in_pairs<T>, T, Wide<T>>;

@@ -33,10 +33,16 @@ static inline void add_product(Vector<T>& sum, T factor, Vector<T> right) {
     sum += factor * right;
 }
 
+// What else goes on between the blocks of a product.
+struct Nothing {
+    void operator()() const {}
+};
+
 // Summed from 0 and then added to c, so that a large c costs one rounding only. Rows of a that are far apart are those of
 // weights, which are in no near cache: the next block's are fetched meanwhile, a cache line at a time.
+// Inlined: a call takes a tenth of the time of a product with a depth of 32.
 template <int rows, int vectors, bool far_apart, typename P>
-static inline void product_block(std::int64_t depth, Left<P> a, const P* b, std::int64_t b_row, Sum<P>* c,
+static inline __attribute__((always_inline)) void product_block(std::int64_t depth, Left<P> a, const P* b, std::int64_t b_row, Sum<P>* c,
                                  std::int64_t c_row, bool add) {
     constexpr int width = vector_lanes<P>;
     const std::int64_t stretch = far_apart ? 64 / sizeof(P) : depth;
@@ -68,9 +74,9 @@ static inline void product_block(std::int64_t depth, Left<P> a, const P* b, std:
     }
 }
 
-template <int vectors, typename P>
+template <int vectors, typename P, typename Meanwhile>
 static void product_columns(std::int64_t rows, std::int64_t depth, Left<P> a, const P* b, std::int64_t b_row,
-                            Sum<P>* c, std::int64_t c_row, bool add) {
+                            Sum<P>* c, std::int64_t c_row, bool add, Meanwhile& meanwhile) {
     std::int64_t row = 0;
     const bool far_apart = a.step == 1 && a.row_stride > product_depth;
     const auto block = [&](auto height) {
@@ -81,6 +87,7 @@ static void product_columns(std::int64_t rows, std::int64_t depth, Left<P> a, co
         if (height.value == block_rows && far_apart) run(std::true_type{});
         else run(std::false_type{});
         row += height.value;
+        meanwhile();
     };
     while (row < rows) {
         // What is left after the full blocks is split in two, since low blocks wait for their own sums.
@@ -101,9 +108,9 @@ static void product_columns(std::int64_t rows, std::int64_t depth, Left<P> a, co
 
 // c[rows][columns] (+)= a[rows][depth] · b[depth][columns]; rows of b and c are b_row and c_row apart. Columns are
 // computed in whole vectors: b and c are that wide.
-template <typename P>
+template <typename P, typename Meanwhile = Nothing>
 static void product(std::int64_t rows, std::int64_t columns, std::int64_t depth, Left<P> a, const P* b,
-                    std::int64_t b_row, Sum<P>* c, std::int64_t c_row, bool add) {
+                    std::int64_t b_row, Sum<P>* c, std::int64_t c_row, bool add, Meanwhile&& meanwhile = {}) {
     constexpr std::int64_t width = vector_lanes<P>;
     for (std::int64_t k = 0; k < depth; k += product_depth, add = true) {
         const std::int64_t part = depth - k < product_depth ? depth - k : product_depth;
@@ -111,7 +118,7 @@ static void product(std::int64_t rows, std::int64_t columns, std::int64_t depth,
             const std::int64_t vectors = (columns - column + width - 1) / width;
             const P* right = b + k * b_row + column;
             const auto run = [&](auto count) {
-                product_columns<count.value>(rows, part, a.at(0, k), right, b_row, c + column, c_row, add);
+                product_columns<count.value>(rows, part, a.at(0, k), right, b_row, c + column, c_row, add, meanwhile);
                 column += count.value * width;
             };
             if constexpr (block_vectors == 4) {

@@ -78,6 +78,21 @@ static inline void transpose(std::int64_t rows, std::int64_t columns, From from,
         for (std::int64_t column = 0; column < columns; ++column) to[column * to_row + row] = from(row)[column];
 }
 
+// Fetches rows of memory into the cache that are needed next, some cache lines at each call: between the blocks of a
+// product they come meanwhile; all at once, they would be waited for.
+struct Fetch {
+    static constexpr std::int64_t line = 64, lines = 16;
+    const char* row = nullptr;
+    std::int64_t rows = 0, row_stride = 0, row_bytes = 0, at = 0;
+
+    void operator()() {
+        for (std::int64_t i = 0; i < lines && rows > 0; ++i) {
+            __builtin_prefetch(row + at);
+            if ((at += line) >= row_bytes) at = 0, row += row_stride, --rows;
+        }
+    }
+};
+
 // Up to `chunk` consecutive positions of one image.
 template <typename T>
 struct Window {
@@ -127,6 +142,16 @@ struct Window {
         clear_after(channels, tile, width);
     }
 
+    // Channels of the window, or nothing where neither they nor their positions lie side by side.
+    Fetch fetch(std::int64_t first_channel, std::int64_t channels) const {
+        constexpr std::int64_t size = sizeof(T);
+        if (count == 0 || channels <= 0) return {};
+        const char* const from = reinterpret_cast<const char*>(base + first_channel * channel_stride + offset[0]);
+        if (contiguous()) return {from, channels, size * channel_stride, size * count};
+        if (uniform && channel_stride == 1) return {from, count, size * step(), size * channels};
+        return {};
+    }
+
     void store(std::int64_t first_channel, std::int64_t channels, const F* tile) const {
         T* const to = base + first_channel * channel_stride;
         if (contiguous()) return store_tile<T>(tile, channels, channel_stride, count, to + offset[0]);
@@ -161,6 +186,7 @@ struct Windows {
         : windows{{image, width, batch, first, smaller(lanes, positions)},
                   {image, width, batch, first + lanes, positions > lanes ? positions - lanes : 0}} {}
     const Window<T>& operator[](std::int64_t tile) const { return windows[tile]; }
+    bool is_last(std::int64_t tile) const { return tile + 1 == tiles_together || windows[tile + 1].count == 0; }
 };
 
 // Hands out pieces of a block of memory, one after the other, each on a cache line of its own.

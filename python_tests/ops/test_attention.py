@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from attention_cases import (
 from instruction_sets import ISAS, instruction_set, needs_native
 from peak_memory import fresh_process
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sabmn_ext import _native
 from sabmn_ext.functional import attention_map
@@ -318,14 +320,38 @@ def test_vmap(seed: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_gradients(backend: str, mode: type, seed: int) -> None:
-    inputs = [t.requires_grad_() for t in draw(SIZES[0], seed, torch.float32)]
-    with mode(), dispatch.record() as calls:
-        y = call(inputs, backend)
-    assert not y.requires_grad
-    assert torch.equal(y, call(inputs, backend))
-    assert calls == [("attention_forward", backend)]
+def test_without_gradients(backend: str, sizes: tuple[int, ...], dtype: torch.dtype, mode: type, seed: int) -> None:
+    """The same bits, though what a backward pass needs is kept nowhere; weights as modules hold them, any strides."""
+    for i, layout in enumerate(["contiguous", "channels_last", "sliced", "sliced channels_last"]):
+        inputs = draw(sizes, 10 * seed + i, dtype, layout)
+        inputs = [t if t is None or t.dim() != 2 else t.t().contiguous().t()[:, :, None, None] for t in inputs]
+        inputs[5] = inputs[5].reshape(1)
+        expected = call([None if t is None else t.requires_grad_() for t in inputs], backend)
+        assert expected.requires_grad
+        with mode(), dispatch.record() as calls:
+            y = call(inputs, backend)
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+        assert y.stride() == expected.stride()
+        assert calls == [("attention_forward", backend)]
+
+
+@needs_native
+def test_modes_see_the_operation(seed: int) -> None:
+    """Where nothing is differentiated, too: counters of operations, fake tensors and tracers are such modes."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    with torch.no_grad(), Names():
+        call(draw(SIZES[0], seed, torch.float32))
+    assert seen.count(torch.ops.sabmn_ext.attention_forward.default) == 1
 
 
 def test_gradient_penalty(seed: int) -> None:

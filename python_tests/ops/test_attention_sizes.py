@@ -7,6 +7,7 @@ from float64_rule import assert_close_to_float64
 from instruction_sets import ISAS, instruction_set, needs_native
 
 from sabmn_ext import _native
+from sabmn_ext.ops import dispatch, reference
 
 pytestmark = needs_native
 
@@ -72,26 +73,32 @@ def test_threads_do_not_change_a_bit(sizes: tuple[int, ...], dtype: torch.dtype,
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def exponential(x: torch.Tensor) -> torch.Tensor:
+def exponential(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As the kernels of ``dtype`` compute it of x, float64 for float64 and else float32."""
     result = torch.empty_like(x)
-    code = 0 if x.dtype == torch.float32 else 1
+    code = dispatch.DTYPE_CODES[dtype]
     assert _native.module.attention_exponential(code, x.data_ptr(), result.data_ptr(), x.numel()) == 0
     return result
 
 
-@pytest.mark.parametrize(("dtype", "constant", "linear"), [(torch.float32, 22, 25), (torch.float64, 50, 53)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "constant", "linear"),
+    [(torch.float32, 22, 25), (torch.float64, 50, 53), (torch.bfloat16, 13, 25)],
+    ids=str,
+)
 def test_exponential_within_its_stated_error(
     isa: str, dtype: torch.dtype, constant: int, linear: int, seed: int
 ) -> None:
     linear -= 2 * (isa == "baseline")  # it has no fused multiply-add
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(1_000_003, generator=generator, dtype=torch.float64)
-    x = torch.cat((-uniform, -87 * uniform, -uniform.pow(8))).to(dtype)
-    truth = x.double().exp() if dtype == torch.float32 else x.exp()
-    error = ((exponential(x).double() - truth) / truth).abs()
+    wide = reference.wide(dtype)
+    x = torch.cat((-uniform, -87 * uniform, -uniform.pow(8))).to(wide)
+    truth = x.double().exp()
+    error = ((exponential(x, dtype).double() - truth) / truth).abs()
     assert (error <= 2.0**-constant + x.double().abs() * 2.0**-linear).all(), error.max()
-    edges = torch.tensor([0.0, -0.0, -1e4, -1e30, -float("inf"), float("nan")], dtype=dtype)
-    result = exponential(edges)
+    edges = torch.tensor([0.0, -0.0, -1e4, -1e30, -float("inf"), float("nan")], dtype=wide)
+    result = exponential(edges, dtype)
     assert result[:5].tolist() == [1, 1, 0, 0, 0]
     assert result[5].isnan()
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sabmn_ext.ops import dispatch, reference
+from sabmn_ext.ops.cpu.plain import why_not_plain
 
 _INPUTS = (
     "Tensor x, Tensor w_query, Tensor w_key, Tensor w_value, Tensor? w_out, Tensor gamma, "
@@ -79,9 +80,9 @@ def self_attention2d(
     """
     x, weights, biases = _cast(x, [w_query, w_key, w_value, w_out], [b_query, b_key, b_value, b_out])
     _check(x, weights, gamma, biases)
-    flat = [None if w is None else w.flatten(1) for w in weights]
-    scale = gamma.reshape(()).to(reference.wide(x.dtype))
-    return _function(_Attention)(x, *flat, scale, *biases, backend)[0]  # type: ignore[no-any-return]
+    if _is_alone(x, *weights, gamma, *biases):
+        return _forward_alone(x, weights, gamma, biases, backend)
+    return _function(_Attention)(x, *_parameters(x, weights, gamma, biases), backend)[0]  # type: ignore[no-any-return]
 
 
 def attention_map(
@@ -145,6 +146,13 @@ def _check(x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor | None, bi
         raise ValueError(f"gamma is {found}; expected one float number, of shape [] or [1], on {x.device}")
 
 
+def _parameters(
+    x: Tensor, weights: Sequence[Tensor | None], gamma: Tensor, biases: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    flat = [None if w is None else w.flatten(1) for w in weights]
+    return [*flat, gamma.reshape(()).to(reference.wide(x.dtype)), *biases]
+
+
 # ---- the operations ----
 
 
@@ -171,14 +179,14 @@ def _dense(shape: Sequence[int], dtype: torch.dtype) -> Layout:
     return shape, strides[: len(shape)][::-1], dtype
 
 
-def _forward_outputs(x: Tensor, w_query: Tensor, w_value: Tensor, empty: Empty) -> list[Tensor]:
-    """y, query, key, value, out, lse, uninitialised."""
+def _forward_layouts(x: Tensor, w_query: Tensor, w_value: Tensor) -> list[Layout]:
+    """Of y, query, key, value, out, lse."""
     batch, positions = x.shape[0], x.shape[2] * x.shape[3]
     widths = (w_query.shape[0], w_query.shape[0], w_value.shape[0])
     projections = [_dense((batch, width, positions), x.dtype) for width in widths]
     out = _dense((reference.out_parts(x.dtype), batch, w_value.shape[0], positions), x.dtype)
     lse = _dense((batch, 2, positions), reference.wide(x.dtype))
-    return empty([_image_layout(x), *projections, out, lse])
+    return [_image_layout(x), *projections, out, lse]
 
 
 def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool], empty: Empty) -> list[Tensor]:
@@ -202,12 +210,15 @@ def _kernels(backend: str) -> Any:
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *parameters, backend = arguments
-    taken = dispatch.choose("attention_forward", backend, x.device, x.dtype)
+    return _forward_by(dispatch.choose("attention_forward", backend, x.device, x.dtype), x, parameters)
+
+
+def _forward_by(taken: str, x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, ...]:
     if taken != "torch":
         parameters = [None if t is None else t.contiguous() for t in parameters]
         kernels = _kernels(taken)
         empty = getattr(kernels, "empty_strided", None) or _empty_on(x.device)
-        y, *saved = _forward_outputs(x, parameters[0], parameters[2], empty)
+        y, *saved = empty(_forward_layouts(x, parameters[0], parameters[2]))
         kernels.forward(x, parameters, y, saved)
         return y, *saved
     with torch.no_grad(), _no_autocast(x):
@@ -248,7 +259,7 @@ def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *argum
 
 
 for _operation, _implementation, _fake in (
-    ("attention_forward", _forward, lambda x, *rest: tuple(_forward_outputs(x, rest[0], rest[2], _empty_on(x.device)))),
+    ("attention_forward", _forward, lambda x, *rest: tuple(_empty_on(x.device)(_forward_layouts(x, rest[0], rest[2])))),
     ("attention_backward", _backward, lambda _, x, *rest: tuple(
         _gradient_outputs((x, *rest[: _N_INPUTS - 1]), rest[-2], _empty_on(x.device))
     )),
@@ -264,6 +275,30 @@ for _operation, _implementation, _fake in (
     torch.library.register_fake(f"sabmn_ext::{_operation}", _fake, lib=_library)
     _vmap = functools.partial(_one_by_one, getattr(torch.ops.sabmn_ext, _operation))
     torch.library.register_vmap(f"sabmn_ext::{_operation}", _vmap, lib=_library)
+
+
+# ---- without autograd ----
+#
+# On a CPU the way through torch's dispatcher, and the outputs that only a backward pass reads, take 0.1 ms where the
+# caches are cold, which in a network they are: 4 % of a small block's time.
+
+
+def _is_alone(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether only y is wanted: no gradient, and no compiler, transformation or mode looks into the call."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return why_not_plain(x, *others) is None
+
+
+def _forward_alone(
+    x: Tensor, weights: Sequence[Any], gamma: Tensor, biases: Sequence[Tensor | None], backend: str | None
+) -> Tensor:
+    taken = dispatch.choose("attention_forward", backend, x.device, x.dtype)
+    if taken != "cpu":
+        return _forward_by(taken, x, _parameters(x, weights, gamma, biases))[0]
+    parameters = [*weights, gamma.to(reference.wide(x.dtype)), *biases]
+    layouts = _forward_layouts(x, weights[0], weights[2])
+    return _kernels(taken).forward_alone(x, [None if t is None else t.contiguous() for t in parameters], layouts)  # type: ignore[no-any-return]
 
 
 # ---- autograd ----
