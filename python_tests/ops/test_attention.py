@@ -324,7 +324,7 @@ def test_vmap(seed: int) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_gradients(backend: str, sizes: tuple[int, ...], dtype: torch.dtype, mode: type, seed: int) -> None:
-    """The same numbers, though what a backward pass needs is kept nowhere; weights as modules hold them, any strides."""
+    """The same numbers, though nothing is kept for a backward pass; weights as modules hold them, any strides."""
     for i, layout in enumerate(["contiguous", "channels_last", "sliced", "sliced channels_last"]):
         inputs = draw(sizes, 10 * seed + i, dtype, layout)
         inputs = [t if t is None or t.dim() != 2 else t.t().contiguous().t()[:, :, None, None] for t in inputs]
