@@ -117,15 +117,16 @@ struct Backward {
 
     // Phase 1, of up to two tiles: f·context, D, gamma's part, and the queries in chunks.
     void context_of_tiles(int64_t image, int64_t first, int64_t count, Arena<F> arena) {
-        F* const tile = arena.take(chunk * lanes);
-        P* const factors = take_factors_of<T>(arena, tile, chunk / terms * lanes);
+        constexpr int64_t depth = chunk * terms;  // of a product
+        F* const tile = arena.take(depth * lanes);
+        P* const factors = take_factors_of<T>(arena, tile, chunk * lanes);
         F* const out = arena.take(dv * lanes);
         P* const out_factors = take_factors_of<T>(arena, out, steps<T>(dv) * lanes);
         F* const sums = arena.take(tiles_together * dv * lanes);
         const Windows<T> grad_y(g.grad_y, in.sizes.width, image, first, count);
         F bias_terms[tiles_together * lanes] = {};
-        for (int64_t c = 0; c < C; c += chunk) {
-            const int64_t channels = smaller(chunk, C - c);
+        for (int64_t c = 0; c < C; c += depth) {
+            const int64_t channels = smaller(depth, C - c);
             each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
                 F* const sum = sums + t * dv * lanes;
                 F* const to = in.w_out ? tile : sum + c * lanes;
@@ -133,7 +134,8 @@ struct Backward {
                 if (in.w_out) {
                     if (in_pairs<T>) load_factors(grad_y[t], c, channels, factors);
                     const Left<P> left{w_out + steps<T>(c), steps<T>(C), 1};
-                    product(dv, positions, steps<T>(channels), left, factors, lanes, sum, lanes, c > 0);
+                    product(dv, positions, steps<T>(channels), left, factors, lanes, sum, lanes, c > 0,
+                            grad_y.fetch_next(t, c, channels, C));
                 }
                 if (const T* const bias = static_cast<const T*>(in.b_out))
                     each_vector<F>(channels, positions, [&](int64_t row, int64_t lane, int64_t at) {
@@ -340,7 +342,8 @@ struct Backward {
             each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
                 grad_y[t].load(c, channels, tile);
                 const Left<P> left{w_in + c * steps<T>(depth), steps<T>(depth), 1};
-                product(channels, positions, steps<T>(depth), left, factors[t], lanes, tile, lanes, true);
+                product(channels, positions, steps<T>(depth), left, factors[t], lanes, tile, lanes, true,
+                        grad_x[t].fetch(c, channels));
                 grad_x[t].store(c, channels, tile);
             });
         }
@@ -350,16 +353,20 @@ struct Backward {
     // of a length `row`, those of an image begin image_step after those of the one before.
     void sum_over_positions(const Image& source, int64_t c, int64_t channels, const P* rows, int64_t row,
                             int64_t image_step, int64_t width, F* sums, P* tile) {
-        bool add = false;
-        for (int64_t image = 0; image < B; ++image)
-            for (int64_t first = 0; first < N; first += chunk, add = true) {
-                const int64_t count = smaller(chunk, N - first);
-                const Window<T> window(source, in.sizes.width, image, first, count);
-                const Left<P> left = left_factors(window, c, channels, tile);
-                const P* const right = rows + image * image_step + first * row;
-                product(channels, width, steps<T>(count), left, right, terms * row, sums, width, add);
-            }
-        if (!add) for (int64_t i = 0; i < channels * width; ++i) sums[i] = 0;  // no image, no sum
+        const int64_t chunks = blocks_of(N, chunk), all = B * chunks;
+        const auto window_at = [&](int64_t at) {
+            const int64_t first = at % chunks * chunk;
+            return Window<T>(source, in.sizes.width, at / chunks, first, smaller(chunk, N - first));
+        };
+        for (int64_t at = 0; at < all; ++at) {
+            const Window<T> window = window_at(at);
+            const Left<P> left = left_factors(window, c, channels, tile);
+            const P* const right = rows + at / chunks * image_step + at % chunks * chunk * row;
+            // Of an image in several chunks the rows lie far apart, in few sets of the cache: they would be in the way.
+            Fetch next = chunks == 1 && at + 1 < all ? window_at(at + 1).fetch(c, channels) : Fetch{};
+            product(channels, width, steps<T>(window.count), left, right, terms * row, sums, width, at > 0, next);
+        }
+        if (!all) for (int64_t i = 0; i < channels * width; ++i) sums[i] = 0;  // no image, no sum
     }
 
     void weight_gradients() {

@@ -69,7 +69,7 @@ void project(const AttentionInputs& in, const Projection<T> (&parts)[3], int64_t
         const int64_t channels = smaller(depth, C - c);
         each_tile(first, count, [&](int64_t t, int64_t, int64_t positions) {
             load_factors(x[t], c, channels, tile);
-            Fetch next = x.is_last(t) ? x[0].fetch(c + depth, smaller(depth, C - c - depth)) : x[t + 1].fetch(c, channels);
+            Fetch next = x.fetch_next(t, c, channels, C);
             F* to = sums + t * rows * lanes;
             for (const auto& part : parts) {
                 const Left<Factor<T>> weight{part.weight + steps<T>(c), steps<T>(C), 1};

@@ -186,7 +186,13 @@ struct Windows {
         : windows{{image, width, batch, first, smaller(lanes, positions)},
                   {image, width, batch, first + lanes, positions > lanes ? positions - lanes : 0}} {}
     const Window<T>& operator[](std::int64_t tile) const { return windows[tile]; }
-    bool is_last(std::int64_t tile) const { return tile + 1 == tiles_together || windows[tile + 1].count == 0; }
+
+    // What comes after these channels of a tile, where for each part of `all` channels the tiles take turns.
+    Fetch fetch_next(std::int64_t tile, std::int64_t first_channel, std::int64_t channels, std::int64_t all) const {
+        if (tile + 1 < tiles_together && windows[tile + 1].count > 0) return windows[tile + 1].fetch(first_channel, channels);
+        const std::int64_t next = first_channel + channels;
+        return windows[0].fetch(next, smaller(channels, all - next));
+    }
 };
 
 // Hands out pieces of a block of memory, one after the other, each on a cache line of its own.

@@ -23,7 +23,8 @@ inline AttentionParts attention_parts(const AttentionSizes& sizes, int threads) 
     return {part * attention_lanes, parts, images < sizes.batch ? images : sizes.batch};
 }
 
-// Of a thread: tiles of a chunk's rows, up to 2 and, as pairs, 3 of half their size; tiles of the widths' rows.
+// Of a thread: tiles of a chunk's rows, up to 2 and, as pairs, 3 of half their size or one of twice it; tiles of the
+// widths' rows.
 inline int64_t attention_thread_workspace(const AttentionSizes& sizes) {
     const int64_t widths = attention_padded(sizes.key_width) + attention_padded(sizes.value_width);
     return attention_lanes * (4 * attention_chunk + 7 * widths);
