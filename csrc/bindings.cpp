@@ -25,6 +25,7 @@
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "products/products.h"
 #include "retrieval/nearest.h"
 #include "retrieval/rerank.h"
 #include "retrieval/retrieval.h"
@@ -689,6 +690,25 @@ int winograd_transform(int transform, const std::array<std::int64_t, 5>& shape, 
 
 void define_winograd(py::module_& m) { m.def("winograd", winograd_transform, py::call_guard<py::gil_scoped_release>()); }
 
+// ---- matrix products ----
+
+// (address, batch stride, row stride, column stride)
+using MatricesFields = std::array<std::int64_t, 4>;
+
+Matrices matrices_of(const MatricesFields& fields) {
+    return {pointer<float>(fields[0]), fields[1], fields[2], fields[3]};
+}
+
+// sizes: batch, rows, depth, columns
+void multiply(const std::array<std::int64_t, 4>& sizes, const MatricesFields& left, const MatricesFields& right,
+              const MatricesFields& result, bool add, int threads) {
+    const Products fields = {sizes[0],          sizes[1],           sizes[2],            sizes[3],
+                             matrices_of(left), matrices_of(right), matrices_of(result), add};
+    for_isa(SABMN_VARIANTS(products))(fields, usable_threads(threads));
+}
+
+void define_products(py::module_& m) { m.def("products", multiply, py::call_guard<py::gil_scoped_release>()); }
+
 }  // namespace
 }  // namespace sabmn
 
@@ -720,6 +740,7 @@ PYBIND11_MODULE(_sabmn_ext, m) {
     define_attention(m);
     define_batch_norm(m);
     define_winograd(m);
+    define_products(m);
     m.def("set_isa", set_isa, "Use one of build_info()['isas'] from now on; for tests and for comparing.");
     if (const char* asked = std::getenv("SABMN_ISA")) set_isa(asked);
 }

@@ -13,7 +13,7 @@
 // right operands of the weights' gradients, whose left operand is the image as it stands.
 
 #include "attention/factors.h"
-#include "attention/product.h"
+#include "common/product.h"
 #include "attention/tiles.h"
 #include "attention/workspace.h"
 #include "common/subnormals.h"

@@ -9,7 +9,7 @@
 #include <limits>
 
 #include "attention/factors.h"
-#include "attention/product.h"
+#include "common/product.h"
 #include "attention/tiles.h"
 #include "attention/workspace.h"
 #include "common/subnormals.h"

@@ -5,9 +5,9 @@
 
 #include <type_traits>
 
-#include "attention/bf16_pairs.h"
+#include "common/bf16_pairs.h"
 #include "attention/exponential.h"
-#include "attention/product.h"
+#include "common/product.h"
 #include "attention/tiles.h"
 
 namespace sabmn {

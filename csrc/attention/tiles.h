@@ -56,28 +56,6 @@ static void store_tile(const Wide<T>* tile, std::int64_t rows, std::int64_t row_
     for (std::int64_t row = 0; row < rows; ++row, matrix += row_length, tile += lanes) write_row(tile, count, matrix);
 }
 
-// to[column][row] = from(row)[column], for row < rows and column < columns; from(row) is the row's address.
-template <typename T, typename From>
-static inline void transpose(std::int64_t rows, std::int64_t columns, From from, T* to, std::int64_t to_row) {
-    constexpr std::int64_t width = vector_lanes<T>;
-    std::int64_t row = 0;
-    for (; row + width <= rows; row += width) {
-        std::int64_t column = 0;
-        for (; column + width <= columns; column += width) {
-            Vector<T> square[width];
-#pragma GCC unroll 16
-            for (int i = 0; i < width; ++i) square[i] = vector_at(from(row + i) + column);
-            transpose_square<T>(square);
-#pragma GCC unroll 16
-            for (int i = 0; i < width; ++i) vector_at(to + (column + i) * to_row + row) = square[i];
-        }
-        for (; column < columns; ++column)
-            for (std::int64_t i = 0; i < width; ++i) to[column * to_row + row + i] = from(row + i)[column];
-    }
-    for (; row < rows; ++row)
-        for (std::int64_t column = 0; column < columns; ++column) to[column * to_row + row] = from(row)[column];
-}
-
 // Fetches rows of memory into the cache that are needed next, some cache lines at each call: between the blocks of a
 // product they come meanwhile; all at once, they would be waited for.
 struct Fetch {

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from sabmn_ext.ops import dispatch
+from sabmn_ext import _native
+from sabmn_ext.ops import convolution, dispatch
 from sabmn_ext.ops.convolution import conv3x3
 from sabmn_ext.ops.cpu import winograd
 
@@ -29,6 +30,16 @@ pytestmark = needs_native
 
 def direct(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
     return F.conv2d(x, weight, padding=1)
+
+
+class NativeOf:
+    """The native module, for a processor on which another instruction set is the best."""
+
+    def __init__(self, isa: str) -> None:
+        self.isa, self._module = lambda: isa, _native.module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def draw(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,11 +250,13 @@ def test_where_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: conv3x3(x, weight, backend="torch"),
     ):
         assert taken(call) == [("conv3x3_forward", "torch")]
-    for amx in (False, True):
+    for isa, amx in itertools.product(ISAS, (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        backend = "torch" if amx else "cpu"
+        monkeypatch.setattr(convolution._native, "module", NativeOf(isa))
+        backend = "torch" if amx or isa == "avx512_bf16" else "cpu"
         assert taken(lambda: conv3x3(x.bfloat16(), weight.bfloat16())) == [("conv3x3_forward", backend)]
         assert taken(lambda: conv3x3(x, weight)) == [("conv3x3_forward", "cpu")]
+    monkeypatch.undo()
     compiled = torch.compile(conv3x3, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x, weight), conv3x3(x, weight), atol=1e-4)
 

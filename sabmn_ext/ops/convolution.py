@@ -12,28 +12,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sabmn_ext import _native
 from sabmn_ext.ops import dispatch
 from sabmn_ext.ops.cpu import winograd
 from sabmn_ext.ops.cpu.plain import why_not_plain
 
 
-def _torch_by_amx(device: torch.device, dtype: torch.dtype) -> str | None:
-    """AMX multiplies bfloat16 16 times as fast as float32, in which the kernels' products are taken."""
-    return "torch" if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else None
+def _torch_in_bfloat16(device: torch.device, dtype: torch.dtype) -> str | None:
+    """torch, where it multiplies bfloat16 much faster than float32, in which the kernels' products are taken.
+
+    AMX does so 16 times as fast, instructions for pairs twice as fast where attention multiplies by them too.
+    """
+    if dtype != torch.bfloat16:
+        return None
+    pairs = _native.module is not None and _native.module.isa() == "avx512_bf16"
+    return "torch" if pairs or torch.cpu._is_amx_tile_supported() else None
 
 
 for _operation in ("conv3x3_forward", "conv3x3_backward"):
     dispatch.register(_operation, cpu=dispatch.native_cpu(torch.float32, torch.bfloat16))
-    dispatch.prefer(_operation, _torch_by_amx)
+    dispatch.prefer(_operation, _torch_in_bfloat16)
 
 
 def conv3x3(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     """``torch.conv2d(x, weight, padding=1)``.
 
     Args:
-        x: ``[B, C, H, W]``. C++ transforms and torch's matrix products, both in float32, serve float32 and bfloat16 on
-            the CPU, in channels_last memory (another layout is copied); torch's convolution serves all else, and
-            bfloat16 where the processor has AMX. Under autocast x and weight are taken in autocast's dtype.
+        x: ``[B, C, H, W]``. C++ transforms and products, both in float32, serve float32 and bfloat16 on the CPU, in
+            channels_last memory (another layout is copied); torch's convolution serves all else, and bfloat16 where
+            the processor has AMX or is AMD's with AVX512-BF16. Under autocast x and weight are taken in its dtype.
         weight: ``[O, C, 3, 3]`` of x's dtype, best in channels_last memory too.
         backend: ``cpu``, ``torch``, or None / ``auto`` for the first of them that can.
 

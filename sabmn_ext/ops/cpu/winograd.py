@@ -1,4 +1,4 @@
-"""A 3×3 convolution by Winograd's products: the transforms of csrc/winograd, and between them torch's matrix products.
+"""A 3×3 convolution by Winograd's products: the transforms of csrc/winograd, and between them those of csrc/products.
 
 Images [B, C, H, W] and weights [O, C, 3, 3] are channels_last, float32 or bfloat16. Planes are float32
 [16, tiles, channels]; a tile is 2×2 positions of the output.
@@ -12,6 +12,7 @@ from torch import Tensor
 from sabmn_ext import _native
 from sabmn_ext.ops import dispatch
 from sabmn_ext.ops.cpu.buffers import Buffers
+from sabmn_ext.ops.cpu.products import multiply
 
 # The codes of csrc/winograd/winograd.h.
 _TRANSFORMS = ("input", "input_gradient", "output", "output_gradient", "weight", "weight_gradient")
@@ -83,7 +84,7 @@ def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     inputs, products = (_Planes(min(x.shape[0], parts[0].stop), image) for image in (x, y))
     for part in parts:
         planes = _transform("input", x[part], inputs.of(x[part]))
-        torch.bmm(planes, weights.mT, out=products.of(y[part]))
+        multiply(planes, weights.mT, products.of(y[part]))
         _transform("output", y[part], products.of(y[part]))
     return y, weights
 
@@ -101,9 +102,9 @@ def backward(
         _transform("output_gradient", grad_y[part], planes)
         if products is not None:
             right = _transform("input", x[part], inputs.of(x[part]))
-            torch.baddbmm(products, planes.mT, right, beta=0 if part.start == 0 else 1, out=products)
+            multiply(planes.mT, right, products, add=part.start > 0)
         if grad_x is not None and weights is not None:
-            found = torch.bmm(planes, weights, out=inputs.of(x[part]))
+            found = multiply(planes, weights, inputs.of(x[part]))
             _transform("input_gradient", grad_x[part], found)
     if products is None:
         return grad_x, None

@@ -1,4 +1,4 @@
-// The one product routine of self-attention: C (+)= A·B, with A read factor by factor and B by vectors. A factor is a
+// The one product routine of the CPU kernels: C (+)= A·B, with A read factor by factor and B by vectors. A factor is a
 // number, or a pair of them along the depth (bf16_pairs.h), which makes a step of the depth two terms.
 //
 // A block of C is block_rows × block_vectors vectors of sums in registers (6 × 4 of 32 with AVX-512, 6 × 2 of 16
@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "attention/bf16_pairs.h"
+#include "common/bf16_pairs.h"
 #include "common/simd.h"
 
 namespace sabmn {
