@@ -1,23 +1,25 @@
-"""The 3×3 convolutions of ResNet-50 in training by Winograd's products, against torch's convolution.
+"""The convolutions of stride 1 of ResNet-50 in training as matrix products, against torch's convolution.
 
     python benchmarks/convolution_bench.py [--threads 1 2] [--batch 8] [--dtypes fp32 bf16]
 
-Every kind of layer of stride 1 at 256×128 pixels (last stride 1) by itself, channels_last, candidates in turns,
-medians; then the sum over all layers. Forward, and forward with the gradients of images and weight. GF/s count the
-products of the direct convolution, so that they can be more than the processor's. Errors are RMS, against float64,
-those of torch over ours: above 1 ours are smaller.
+Every kind of layer at 256×128 pixels (last stride 1) by itself, channels_last, candidates in turns, medians; then the
+sum over all layers: the 3×3 ones by Winograd's products, and in float32 the 1×1 ones. Forward, and forward with the
+gradients of images and weight. GF/s count the products of the direct convolution, so that they can be more than the
+processor's. Errors are RMS, against float64, those of torch over ours: above 1 ours are smaller.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from layer_settings import layer_parser
 from timing import interleaved
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sabmn_ext.functional import conv3x3
+from sabmn_ext.functional import conv1x1, conv3x3
+from sabmn_ext.nn.resnet import ResNet
 from sabmn_ext.ops import dispatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -25,17 +27,30 @@ PASSES = ("forward", "with gradients")
 
 
 class Layer(NamedTuple):
+    filters: int  # their side
     channels: int
+    rows: int  # channels of the output
     height: int
     width: int
-    count: int
+
+    def __str__(self) -> str:
+        return f"[{self.channels} → {self.rows}, {self.height}, {self.width}]"
 
 
-def resnet50(height: int, width: int) -> list[Layer]:
-    """The 3×3 convolutions of stride 1 for images of this size, those that are alike together."""
-    counts = (3, 3, 5, 3)  # the first ones of stages 2 and 3 have the stride
-    scales = (4, 8, 16, 16)
-    return [Layer(64 << i, height // scales[i], width // scales[i], counts[i]) for i in range(4)]
+def resnet50(height: int, width: int, filters: int) -> Counter[Layer]:
+    """The convolutions of stride 1 with such filters for images of this size, and how many are alike."""
+    found: Counter[Layer] = Counter()
+
+    def note(module: nn.Conv2d, inputs: tuple[Tensor], _: Tensor) -> None:
+        if module.kernel_size == (filters, filters) and module.stride == (1, 1):
+            found[Layer(filters, module.in_channels, module.out_channels, *inputs[0].shape[2:])] += 1
+
+    network = ResNet("resnet50", last_stride=1).to("meta")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)  # type: ignore[arg-type]
+    network(torch.empty(2, 3, height, width, device="meta"))
+    return found
 
 
 class Candidate:
@@ -45,7 +60,8 @@ class Candidate:
         self.leaves = [x.requires_grad_(), weight.requires_grad_()]
 
     def forward(self) -> Tensor:
-        return conv3x3(*self.leaves, backend=self.backend)
+        operation = conv1x1 if self.leaves[1].shape[2] == 1 else conv3x3
+        return operation(*self.leaves, backend=self.backend)
 
     def with_gradients(self) -> list[Tensor]:
         y = self.forward()
@@ -56,10 +72,10 @@ def measure(
     layer: Layer, batch: int, dtype: torch.dtype, rounds: int
 ) -> tuple[dict[tuple[str, str], float], list[float]]:
     """Seconds of (pass, candidate), and the errors of torch's results over those of ours."""
-    image = (batch, layer.channels, layer.height, layer.width)
-    scale = (9 * layer.channels) ** -0.5
-    tensors = (torch.randn(image), scale * torch.randn(layer.channels, layer.channels, 3, 3), torch.randn(image))
-    tensors = tuple(t.to(dtype) for t in tensors)
+    filters, channels, rows, height, width = layer
+    weight = (filters**2 * channels) ** -0.5 * torch.randn(rows, channels, filters, filters)
+    drawn = (torch.randn(batch, channels, height, width), weight, torch.randn(batch, rows, height, width))
+    tensors = tuple(t.to(dtype) for t in drawn)
     candidates = {"ours": Candidate("cpu", tensors), "torch": Candidate("torch", tensors)}
     errors = compare(candidates, tensors)
     runs: dict[tuple[str, str], Callable[[], object]] = {}
@@ -70,11 +86,11 @@ def measure(
 
 def compare(candidates: dict[str, Candidate], tensors: tuple[Tensor, ...]) -> list[float]:
     x, weight, grad_y = (t.double().requires_grad_() for t in tensors)
-    y = F.conv2d(x, weight, padding=1)
+    y = F.conv2d(x, weight, padding=weight.shape[2] // 2)
     exact = [y.detach(), *torch.autograd.grad(y, (x, weight), grad_y)]
     with dispatch.record() as calls:
         results = {name: candidate.with_gradients() for name, candidate in candidates.items()}
-    assert ("conv3x3_forward", "cpu") in calls
+    assert "cpu" in {backend for _, backend in calls}
     ratios = []
     for ours, other, right in zip(results["ours"], results["torch"], exact, strict=True):
         error, others = ((t.double() - right).norm().item() for t in (ours, other))
@@ -89,25 +105,26 @@ def main() -> None:
     for threads in options.threads:
         torch.set_num_threads(threads)
         for dtype in options.dtypes:
-            print(f"batch {options.batch}, {dtype}, channels_last, {threads} threads, torch {torch.__version__}")
-            report(resnet50(*options.size), options.batch, DTYPES[dtype], options.rounds)
+            for filters in (3, 1) if dtype == "fp32" else (3,):
+                setting = f"batch {options.batch}, {dtype}, channels_last, {threads} threads"
+                print(f"{filters}×{filters}, {setting}, torch {torch.__version__}")
+                report(resnet50(*options.size, filters), options.batch, DTYPES[dtype], options.rounds)
 
 
-def report(layers: list[Layer], batch: int, dtype: torch.dtype, rounds: int) -> None:
+def report(layers: Counter[Layer], batch: int, dtype: torch.dtype, rounds: int) -> None:
     total: dict[tuple[str, str], float] = {}
-    for layer in layers:
+    for layer, count in layers.items():
         seconds, errors = measure(layer, batch, dtype, rounds)
-        flops = 2 * 9 * layer.channels**2 * batch * layer.height * layer.width
+        flops = 2 * layer.filters**2 * layer.channels * layer.rows * batch * layer.height * layer.width
         cells = []
         for which, products in zip(PASSES, (1, 3), strict=True):
             ours, ratio = seconds[which, "ours"], seconds[which, "torch"] / seconds[which, "ours"]
             rate = products * flops / ours / 1e9
             cells.append(f"{which} ours {1e3 * ours:6.2f} ms ({rate:3.0f} GF/s), torch / ours {ratio:.2f}")
-        shape = f"{layer.count} × [{layer.channels}, {layer.height}, {layer.width}]"
-        print(f"{shape:20s}" + "; ".join(cells), end="; ")
+        print(f"{f'{count} × {layer}':28s}" + "; ".join(cells), end="; ")
         print("errors of y, x, weight " + ", ".join(f"{error:.2f}" for error in errors))
         for key, value in seconds.items():
-            total[key] = total.get(key, 0.0) + layer.count * value
+            total[key] = total.get(key, 0.0) + count * value
     parts = (f"{which} {total[which, 'torch'] / total[which, 'ours']:.2f}" for which in PASSES)
     ours, other = (total["with gradients", name] for name in ("ours", "torch"))
     print(f"all: ours {1e3 * ours:.0f} ms, torch {1e3 * other:.0f} ms; torch / ours {', '.join(parts)}\n")

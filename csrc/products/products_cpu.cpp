@@ -13,7 +13,7 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t width = 64;                      // of a block of the result
-constexpr int64_t most_rows = 512, fewest_rows = 64;  // of it: many, since each block copies the right operand's tiles
+constexpr int64_t most_rows = 512, fewest_rows = 16;  // of it: many, since each block copies the right operand's tiles
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }

@@ -71,9 +71,11 @@ def test_a_training_step_is_that_of_the_plain_modules(
     passes = ("batch_norm_act_forward", "batch_norm_act_backward")
     expected_calls = {(name, "cpu"): norms for name in passes}
     if form == "channels_last":
-        convolutions = (m for m in ours.modules() if isinstance(m, nn.Conv2d))
-        winograds = sum(m.kernel_size == (3, 3) and m.stride == (1, 1) for m in convolutions)
-        expected_calls |= {(name, "cpu"): winograds for name in ("conv3x3_forward", "conv3x3_backward")}
+        convolutions = [m for m in ours.modules() if isinstance(m, nn.Conv2d) and m.stride == (1, 1)]
+        sizes = Counter(m.kernel_size[0] for m in convolutions)
+        expected_calls |= {
+            (f"conv{size}x{size}_{name}", "cpu"): sizes[size] for size in (1, 3) for name in ("forward", "backward")
+        }
     assert Counter(calls) == expected_calls
     with plain_modules(monkeypatch):
         expected = other(images)
@@ -206,37 +208,39 @@ def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (mine.grad - theirs.grad).norm() <= 0.2 * theirs.grad.norm()
 
 
+@needs_native
 @pytest.mark.parametrize("normalized", [False, True])
-def test_wide_convolutions_are_products(normalized: bool) -> None:
-    """Of channels_last images; the module is called where it has a hook or another forward."""
-    images = torch.randn(3, 512, 5, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
-    ours = nn.Sequential(nn.Conv2d(512, 1024, 1, bias=not normalized)).to(memory_format=torch.channels_last)
+def test_1x1_convolutions_are_products(normalized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, of channels_last images, with a bias too; the module is called where it has a hook."""
+    images = torch.randn(3, 64, 5, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours = nn.Sequential(nn.Conv2d(64, 72, 1, bias=not normalized)).to(memory_format=torch.channels_last)
     if normalized:
         sabmn_ext.spectral_norm_model(ours, preserve_eval=False)
     other = copy.deepcopy(ours)
-    direction = torch.randn(3, 1024, 5, 3)
+    monkeypatch.setattr(ours, "forward", lambda x: convolve(ours[0], x))  # within the root's hooks
 
-    def run(model: nn.Sequential, forward: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], set[str]]:
-        model.forward = forward  # type: ignore[method-assign]  # within the root's hooks
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            y = model(images)
-        model.zero_grad()
-        found = torch.autograd.grad(y, [images, *model.parameters()], direction[..., : y.shape[3]])
-        return [y, *found], {event.key for event in profile.key_averages()}
+    def run(model: nn.Module, x: Tensor = images) -> tuple[list[Tensor], list[tuple[str, str]]]:
+        with dispatch.record() as calls:
+            y = model(x)
+            found = [y, *torch.autograd.grad(y.square().sum(), [images, *model.parameters()])]
+        return found, [call for call in calls if "conv" in call[0]]
 
-    found, operations = run(ours, lambda x: convolve(ours[0], x))
-    expected, expected_operations = run(other, lambda x: other[0](x))
-    assert "aten::conv2d" not in operations
-    assert "aten::conv2d" in expected_operations
+    found, calls = run(ours)
+    assert calls == [("conv1x1_forward", "cpu"), ("conv1x1_backward", "cpu")]
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    for mine, right in zip(found, expected, strict=True):
+    for mine, right in zip(found, run(other)[0], strict=True):
         assert torch.allclose(mine, right, atol=1e-4 * right.abs().max().item())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not run(ours)[1]
     hooked = ours[0].register_forward_hook(double)
-    assert "aten::conv2d" in run(ours, lambda x: convolve(ours[0], x))[1]
+    assert not run(ours)[1]
     hooked.remove()
     for x in (images.contiguous(), images[..., :2]):
-        assert "aten::conv2d" in run(ours, lambda _, x=x: convolve(ours[0], x))[1]
-    assert "aten::conv2d" not in run(ours.eval(), lambda x: convolve(ours[0], x))[1]
+        assert not run(ours, x)[1]
+    with torch.inference_mode(), dispatch.record() as calls:
+        features = ours.eval()(images)
+    assert ("conv1x1_forward", "cpu") in calls
+    assert torch.allclose(features, ours[0](images), atol=1e-4)
 
 
 @needs_native
@@ -281,11 +285,12 @@ def test_3x3_convolutions_go_by_winograds_products(normalized: bool, monkeypatch
 @pytest.mark.parametrize(
     "options",
     [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 2}, {"bias": True}, {"padding_mode": "circular"},
-     {"padding": "same"}, {"kernel_size": 5}],
+     {"padding": "same"}, {"kernel_size": 5}, {"out_channels": 63}, {"kernel_size": 1},
+     {"kernel_size": 1, "padding": 0, "stride": 2}, {"kernel_size": 1, "padding": 0, "out_channels": 63}],
 )  # fmt: skip
 def test_other_convolutions_are_called(options: dict[str, Any]) -> None:
-    defaults = {"kernel_size": 3, "padding": 1, "bias": False}
-    convolution = nn.Conv2d(64, 64, **(defaults | options)).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+    defaults = {"in_channels": 64, "out_channels": 64, "kernel_size": 3, "padding": 1, "bias": False}
+    convolution = nn.Conv2d(**(defaults | options)).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
     x = torch.randn(2, 64, 9, 8).contiguous(memory_format=torch.channels_last)
     with dispatch.record() as calls:
         assert torch.equal(convolve(convolution, x), convolution(x))

@@ -1,6 +1,7 @@
 """Calls of convolutions and batch norms: on the CPU by faster operations, where the modules are plain ones."""
 
 import os
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sabmn_ext.ops.batch_norm import batch_norm_act
-from sabmn_ext.ops.convolution import conv3x3
+from sabmn_ext.ops.convolution import conv1x1, conv3x3
 
 
 def norm_act(norm: nn.Module, x: Tensor, relu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
@@ -60,34 +61,43 @@ def _fused(norm: nn.BatchNorm2d, x: Tensor, relu: bool, residual: Tensor | None)
     )
 
 
-# So many weights of a 1×1 convolution, and torch's matrix product was measured to be faster than its convolution, above
-# all for the weights' gradient: up to 1.7 times for 2048 channels.
-_WIDE = 1 << 18
-# So many channels on either side, and Winograd's products were faster than a convolution.
+# So many channels on either side, and the products were faster than torch's convolution.
 _MANY_CHANNELS = 64
-# So many positions in an image as well: the batch does not decide, since its parts may go to several processes.
+# For Winograd's so many positions in an image as well: the batch does not decide, since its parts may go to several
+# processes.
 _MANY_POSITIONS = 16
 
 
 def convolve(convolution: nn.Module, x: Tensor) -> Tensor:
-    """``convolution(x)``; on the CPU, of images in channels_last, by fewer or faster products.
+    """``convolution(x)``; on the CPU, of images in channels_last, by faster products.
 
-    A wide 1×1 one in float32 is a matrix product, and a 3×3 one of stride 1 goes by Winograd's (``conv3x3``). The
-    weight may be parametrized.
+    A 1×1 convolution in float32 is a matrix product (``conv1x1``), a 3×3 one goes by Winograd's (``conv3x3``), both of
+    stride 1. The weight may be parametrized.
     """
     if not (_is_image_here(x) and _forwards_as_conv2d(convolution)):
         return convolution(x)  # type: ignore[no-any-return]
-    rows = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-    if not rows.is_contiguous():
+    operation = _operation(convolution, x)
+    if operation is None or not x.is_contiguous(memory_format=torch.channels_last):
         return convolution(x)  # type: ignore[no-any-return]
-    if _is_wide_product(convolution) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        return F.linear(rows, convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
-    if _is_winograds(convolution, x):
-        weight = convolution.weight  # read once: reading may be an iteration of its spectral norm
-        if weight.is_contiguous(memory_format=torch.channels_last):
-            return conv3x3(x, weight, backend=_backend())
-        return F.conv2d(x, weight, padding=1)
-    return convolution(x)  # type: ignore[no-any-return]
+    weight = convolution.weight  # read once: reading may be an iteration of its spectral norm
+    bias = convolution.bias
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        y = operation(x, weight, backend=_backend())
+        return y if bias is None else y + bias[:, None, None]
+    return F.conv2d(x, weight, bias, padding=convolution.padding)  # type: ignore[arg-type]
+
+
+def _operation(convolution: nn.Conv2d, x: Tensor) -> Callable[..., Tensor] | None:
+    """What may take the place of a convolution of these channels and this size."""
+    if min(convolution.in_channels, convolution.out_channels) < _MANY_CHANNELS:
+        return None
+    sizes = (convolution.kernel_size, convolution.stride, convolution.padding)
+    if sizes == ((1, 1), (1, 1), (0, 0)) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return conv1x1
+    many = x.shape[2] * x.shape[3] >= _MANY_POSITIONS
+    if sizes == ((3, 3), (1, 1), (1, 1)) and many and convolution.bias is None:
+        return conv3x3
+    return None
 
 
 def _forwards_as_conv2d(module: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -96,18 +106,6 @@ def _forwards_as_conv2d(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         return False
     own = "forward" in module.__dict__ or type(module).forward is not nn.Conv2d.forward
     return not own and module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
-
-
-def _is_wide_product(convolution: nn.Conv2d) -> bool:
-    single = convolution.kernel_size == convolution.stride == (1, 1) and convolution.padding == (0, 0)
-    return single and convolution.in_channels * convolution.out_channels >= _WIDE
-
-
-def _is_winograds(convolution: nn.Conv2d, x: Tensor) -> bool:
-    sizes = (convolution.kernel_size, convolution.stride, convolution.padding)
-    many = min(convolution.in_channels, convolution.out_channels) >= _MANY_CHANNELS
-    many = many and x.shape[2] * x.shape[3] >= _MANY_POSITIONS
-    return many and sizes == ((3, 3), (1, 1), (1, 1)) and convolution.bias is None
 
 
 def _backend() -> str:

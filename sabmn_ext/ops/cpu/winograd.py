@@ -90,10 +90,10 @@ def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, weights: Tensor | None, needs_weight: bool
+    grad_y: Tensor, x: Tensor, weight: Tensor, weights: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x, wanted where the weight's planes are given, and of weight."""
-    grad_x = None if weights is None else _empty_image(x.shape, x.dtype)
+    """The gradients of x and weight that are wanted; ``weights``: the weight's planes."""
+    grad_x = _empty_image(x.shape, x.dtype) if needs_x else None
     products = _empty(16, *weight.shape[:2]) if needs_weight else None
     parts = _parts(x, weight)
     inputs, gradients = (_Planes(min(x.shape[0], parts[0].stop), image) for image in (x, grad_y))
@@ -103,7 +103,7 @@ def backward(
         if products is not None:
             right = _transform("input", x[part], inputs.of(x[part]))
             multiply(planes.mT, right, products, add=part.start > 0)
-        if grad_x is not None and weights is not None:
+        if grad_x is not None:
             found = multiply(planes, weights, inputs.of(x[part]))
             _transform("input_gradient", grad_x[part], found)
     if products is None:

@@ -1,0 +1,35 @@
+"""A 1×1 convolution as matrix products over the positions of images [B, C, H, W] in channels_last, float32."""
+
+import torch
+from torch import Tensor
+
+from sabmn_ext.ops.cpu.products import multiply
+
+
+def _rows(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).reshape(1, -1, image.shape[1])
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1)[None]
+
+
+def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+    """y [B, O, H, W] for the weight [O, C, 1, 1]; the backward pass needs nothing else."""
+    batch, _, height, width = x.shape
+    y = torch.empty(batch, weight.shape[0], height, width, memory_format=torch.channels_last)
+    multiply(_rows(x), _matrix(weight).mT, _rows(y))
+    return y, None
+
+
+def backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, _: None, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight that are wanted."""
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if needs_x else None
+    grad_weight = torch.empty(weight.shape) if needs_weight else None
+    if grad_x is not None:
+        multiply(_rows(grad_y), _matrix(weight), _rows(grad_x))
+    if grad_weight is not None:
+        multiply(_rows(grad_y).mT, _rows(x), _matrix(grad_weight))
+    return grad_x, grad_weight
