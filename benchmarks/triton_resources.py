@@ -83,8 +83,8 @@ def recorded(
     parameters += [empty(n) if biases and n else None for n in lengths]
     needs = [True, *[p is not None for p in parameters]]
     on_meta = operation._empty_on(x.device)
-    y, *saved = operation._forward_outputs(x, parameters[0], parameters[2], on_meta)  # type: ignore[arg-type]
-    gradients = operation._gradient_outputs([x, *parameters], needs, on_meta)
+    y, *saved = on_meta(operation._forward_layouts(x, parameters[0], parameters[2]))  # type: ignore[arg-type]
+    gradients = on_meta(operation._gradient_layouts([x, *parameters], needs))
     launch, hopper = launches._launch, launches._hopper
     launches._launch, launches._hopper = record, lambda: target == "sm_90"
     try:

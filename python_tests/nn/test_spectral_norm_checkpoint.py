@@ -71,8 +71,9 @@ def trained(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> dic
 
 
 def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """But for rounding: gradients are hundreds, sums of them near 0 among them."""
     for key, value in expected.items():
-        assert torch.allclose(ours[key], value, rtol=1e-11, atol=1e-12), key
+        assert torch.allclose(ours[key], value, rtol=1e-11, atol=1e-11), key
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

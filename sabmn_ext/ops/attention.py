@@ -189,14 +189,14 @@ def _forward_layouts(x: Tensor, w_query: Tensor, w_value: Tensor) -> list[Layout
     return [_image_layout(x), *projections, out, lse]
 
 
-def _gradient_outputs(inputs: Sequence[Tensor | None], needs: Sequence[bool], empty: Empty) -> list[Tensor]:
-    """One gradient for each input, uninitialised; an empty tensor for one that is not wanted."""
+def _gradient_layouts(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Layout]:
+    """Of one gradient for each input; of an empty tensor for one that is not wanted."""
     x: Any = inputs[0]
     layouts = [
         _dense(t.shape, t.dtype) if t is not None and need else _dense((0,), x.dtype)
         for t, need in zip(inputs, needs, strict=True)
     ]
-    return empty([_image_layout(x), *layouts[1:]] if needs[0] else layouts)
+    return [_image_layout(x), *layouts[1:]] if needs[0] else layouts
 
 
 @functools.lru_cache
@@ -235,7 +235,7 @@ def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         parameters = [None if t is None else t.contiguous() for t in parameters]
         kernels = _kernels(taken)
         empty = getattr(kernels, "empty_strided", None) or _empty_on(x.device)
-        grads = _gradient_outputs([x, *parameters], needs, empty)
+        grads = empty(_gradient_layouts([x, *parameters], needs))
         kernels.backward(grad_y, x, parameters, saved, needs, grads)
         return tuple(grads)
     with torch.no_grad(), _no_autocast(x):
@@ -261,7 +261,7 @@ def _one_by_one(operation: Any, info: Any, in_dims: Sequence[int | None], *argum
 for _operation, _implementation, _fake in (
     ("attention_forward", _forward, lambda x, *rest: tuple(_empty_on(x.device)(_forward_layouts(x, rest[0], rest[2])))),
     ("attention_backward", _backward, lambda _, x, *rest: tuple(
-        _gradient_outputs((x, *rest[: _N_INPUTS - 1]), rest[-2], _empty_on(x.device))
+        _empty_on(x.device)(_gradient_layouts((x, *rest[: _N_INPUTS - 1]), rest[-2]))
     )),
 ):
     dispatch.register(
