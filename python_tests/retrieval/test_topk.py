@@ -129,12 +129,8 @@ def test_nothing_depends_on_threads_tiles_and_the_products_precision(monkeypatch
 
 def rounded_product(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Products as a device makes them whose settings allow them less than float32."""
-    plain = Tensor.__matmul__
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return plain(a.to(dtype).float(), b.to(dtype).float())
-
-    monkeypatch.setattr(Tensor, "__matmul__", product)
+    products = search._products
+    monkeypatch.setattr(search, "_products", lambda *pair: products(*(rows.to(dtype).float() for rows in pair)))
 
 
 def test_a_coarse_product_changes_nothing_where_it_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

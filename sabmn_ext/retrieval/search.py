@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sabmn_ext import _native
+from sabmn_ext.ops.cpu.products import multiply
 from sabmn_ext.ops.nearest import Smallest
 from sabmn_ext.ops.reference import _sqrt
 from sabmn_ext.ops.retrieval import METRICS, distance_exponent
@@ -226,6 +228,13 @@ class _Block:
             kept.smallest.add(product, kept.offset(lengths, longest), first, transposed=transposed)
 
 
+def _products(rows: Tensor, others: Tensor) -> Tensor:
+    """rows · othersᵀ in float32, sums in any order; on the CPU by the C++ kernel, where there is one."""
+    if rows.device.type != "cpu" or _native.module is None:
+        return rows @ others.T
+    return multiply(rows[None], others.T[None], torch.empty(1, len(rows), len(others)))[0]
+
+
 def _pass_tiles(
     query: Tensor, gallery: Tensor, bound: _Bound, k: int, farthest: bool
 ) -> tuple[list[_Block], float]:
@@ -239,7 +248,7 @@ def _pass_tiles(
         tile_longest = float(lengths.max())
         longest = max(longest, tile_longest)
         for block in blocks:
-            block.add(block.columns @ tile.T, block.lengths, tile_longest, first)
+            block.add(_products(block.columns, tile), block.lengths, tile_longest, first)
     return blocks, longest
 
 
@@ -250,7 +259,7 @@ def _pass_halves(items: Tensor, _: Tensor, bound: _Bound, k: int, farthest: bool
         diagonal = block.columns.clone()
         block.to_query()
         for j, other in enumerate(blocks[i:], start=i):
-            product = block.columns @ (diagonal if other is block else other.columns).T
+            product = _products(block.columns, diagonal if other is block else other.columns)
             block.add(product, block.lengths, other.longest, j * _SQUARE_ROWS)
             if other is not block:
                 other.add(product, block.lengths, other.longest, i * _SQUARE_ROWS, transposed=True)
@@ -294,7 +303,7 @@ def _refine_all(
     for first in range(0, len(gallery), _TILE_ROWS):
         tile, tile_lengths = kept.bound.gallery_columns(gallery[first : first + _TILE_ROWS])
         offsets = kept.offset(lengths, float(tile_lengths.max()))
-        below = kept.sign * (columns @ tile.T).double() + offsets[:, None] <= limits[:, None]
+        below = kept.sign * _products(columns, tile).double() + offsets[:, None] <= limits[:, None]
         rows, items = below.nonzero().T
         pairs = torch.ops.sabmn_ext.pair_distances(query, gallery, rows, items + first, kept.bound.metric, None)
         parts.append((rows, items + first, kept.sign * pairs))
