@@ -6,6 +6,7 @@
 
 #include "attention/attention.h"
 #include "common/half.h"
+#include "common/product.h"
 #include "common/simd.h"
 
 namespace sabmn {
@@ -14,9 +15,6 @@ namespace SABMN_ISA {
 constexpr std::int64_t lanes = attention_lanes, chunk = attention_chunk;
 // Tiles that products with the weights take together, so that wide weights are fetched half as often.
 constexpr std::int64_t tiles_together = 2;
-
-static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-static inline std::int64_t blocks_of(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
 
 // Calls f(row, lane, offset in the tile) for each vector of the first `columns` lanes of a tile's rows.
 template <typename T, typename F>

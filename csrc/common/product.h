@@ -15,8 +15,11 @@
 namespace sabmn {
 namespace SABMN_ISA {
 
+static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+static inline std::int64_t blocks_of(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
+
 constexpr int block_rows = 6, block_vectors = vector_bytes == 64 ? 4 : 2;
-constexpr std::int64_t product_depth = 128;  // longer sums are added up in parts of so many terms
+constexpr std::int64_t product_depth = 128;  // longer sums are added up in parts of so many steps
 
 // a(row, k) = data[row·row_stride + k·step].
 template <typename P>
@@ -52,7 +55,7 @@ static inline __attribute__((always_inline)) void product_block(std::int64_t dep
 #pragma GCC unroll 6
             for (int row = 0; row < rows; ++row) __builtin_prefetch(a.data + (rows + row) * a.row_stride);
         }
-        const std::int64_t steps = left < stretch ? left : stretch;
+        const std::int64_t steps = smaller(left, stretch);
 #pragma GCC unroll 4
         for (std::int64_t k = 0; k < steps; ++k, a.data += a.step, b += b_row) {
             Vector<P> right[vectors];
@@ -113,9 +116,9 @@ static void product(std::int64_t rows, std::int64_t columns, std::int64_t depth,
                     std::int64_t b_row, Sum<P>* c, std::int64_t c_row, bool add, Meanwhile&& meanwhile = {}) {
     constexpr std::int64_t width = vector_lanes<P>;
     for (std::int64_t k = 0; k < depth; k += product_depth, add = true) {
-        const std::int64_t part = depth - k < product_depth ? depth - k : product_depth;
+        const std::int64_t part = smaller(product_depth, depth - k);
         for (std::int64_t column = 0; column < columns;) {
-            const std::int64_t vectors = (columns - column + width - 1) / width;
+            const std::int64_t vectors = blocks_of(columns - column, width);
             const P* right = b + k * b_row + column;
             const auto run = [&](auto count) {
                 product_columns<count.value>(rows, part, a.at(0, k), right, b_row, c + column, c_row, add, meanwhile);

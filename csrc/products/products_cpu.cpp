@@ -12,11 +12,8 @@ namespace {
 
 using std::int64_t;
 
-constexpr int64_t width = 64;                      // of a block of the result
-constexpr int64_t most_rows = 512, fewest_rows = 16;  // of it: many, since each block copies the right operand's tiles
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+constexpr int64_t width = 64;  // of a block of the result; its rows are many, since a tile is copied for each block
+constexpr int64_t most_rows = 512, fewest_rows = 16;
 
 // tile[depth][width] = right, and zeros after its last column
 void copy_tile(const float* right, const Matrices& strides, int64_t depth, int64_t columns, float* tile) {

@@ -2,7 +2,7 @@
 // one's multiplications (Winograd, 1980; Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016).
 //   y = Aᵀ [ (G w Gᵀ) ⊙ (Bᵀ d B) ] A
 // for each tile of 2×2 positions of y, where d is the 4×4 ones of x around it. Here are the transforms and their adjoints,
-// which the gradients need; the products, one for each of the 16 elements of a tile, are left to a matrix library.
+// which the gradients need; the products, one for each of the 16 elements of a tile, are those of csrc/products.
 #pragma once
 
 #include <cstdint>
