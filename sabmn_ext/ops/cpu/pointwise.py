@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sabmn_ext.ops.cpu.images import empty_image
 from sabmn_ext.ops.cpu.products import multiply
 
 
@@ -16,8 +17,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, None]:
     """y [B, O, H, W] for the weight [O, C, 1, 1]; the backward pass needs nothing else."""
-    batch, _, height, width = x.shape
-    y = torch.empty(batch, weight.shape[0], height, width, memory_format=torch.channels_last)
+    y = empty_image((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype)
     multiply(_rows(x), _matrix(weight).mT, _rows(y))
     return y, None
 
@@ -26,7 +26,7 @@ def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, _: None, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and weight that are wanted."""
-    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if needs_x else None
+    grad_x = empty_image(x.shape, x.dtype) if needs_x else None
     grad_weight = torch.empty(weight.shape) if needs_weight else None
     if grad_x is not None:
         multiply(_rows(grad_y), _matrix(weight), _rows(grad_x))

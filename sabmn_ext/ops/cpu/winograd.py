@@ -4,14 +4,12 @@ Images [B, C, H, W] and weights [O, C, 3, 3] are channels_last, float32 or bfloa
 [16, tiles, channels]; a tile is 2×2 positions of the output.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from sabmn_ext import _native
 from sabmn_ext.ops import dispatch
-from sabmn_ext.ops.cpu.buffers import Buffers
+from sabmn_ext.ops.cpu.images import empty, empty_image
 from sabmn_ext.ops.cpu.products import multiply
 
 # The codes of csrc/winograd/winograd.h.
@@ -20,9 +18,6 @@ _TRANSFORMS = ("input", "input_gradient", "output", "output_gradient", "weight",
 # Values of one of the 16 planes that go through the products at a time: 4 MB of planes on either side were the fastest
 # on a processor with 2 MB of cache for each core, and a batch of any size needs no more memory.
 _PLANE = 1 << 16
-
-# The planes of all layers in turn, and what the last step's images and gradients stood on.
-_buffers = Buffers(kept_calls=1024)
 
 
 def _transform(name: str, image: Tensor, planes: Tensor) -> Tensor:
@@ -38,18 +33,6 @@ def _transform(name: str, image: Tensor, planes: Tensor) -> Tensor:
     )
     dispatch.check_status(status, f"winograd {name}", image)
     return planes if name in ("input", "output_gradient", "weight") else image
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    return _buffers.empty_strided([(shape, strides, dtype)])[0]
-
-
-def _empty_image(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    batch, channels, height, width = shape
-    return _empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _tiles(image: Tensor) -> int:
@@ -69,7 +52,7 @@ class _Planes:
     """Of the images of a part, [16, tiles, channels] in memory that all parts share."""
 
     def __init__(self, images: int, image: Tensor) -> None:
-        self._memory = _empty(images, 16, _tiles(image[:1]), image.shape[1])
+        self._memory = empty(images, 16, _tiles(image[:1]), image.shape[1])
 
     def of(self, part: Tensor) -> Tensor:
         return self._memory[: part.shape[0]].view(16, _tiles(part), part.shape[1])
@@ -78,8 +61,8 @@ class _Planes:
 def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """y [B, O, H, W], and the weight's planes [16, O, C], which the backward pass needs."""
     rows, columns = weight.shape[:2]
-    weights = _transform("weight", weight, _empty(16, rows, columns))
-    y = _empty_image((x.shape[0], rows, *x.shape[2:]), x.dtype)
+    weights = _transform("weight", weight, empty(16, rows, columns))
+    y = empty_image((x.shape[0], rows, *x.shape[2:]), x.dtype)
     parts = _parts(x, weight)
     inputs, products = (_Planes(min(x.shape[0], parts[0].stop), image) for image in (x, y))
     for part in parts:
@@ -93,8 +76,8 @@ def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, weights: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and weight that are wanted; ``weights``: the weight's planes."""
-    grad_x = _empty_image(x.shape, x.dtype) if needs_x else None
-    products = _empty(16, *weight.shape[:2]) if needs_weight else None
+    grad_x = empty_image(x.shape, x.dtype) if needs_x else None
+    products = empty(16, *weight.shape[:2]) if needs_weight else None
     parts = _parts(x, weight)
     inputs, gradients = (_Planes(min(x.shape[0], parts[0].stop), image) for image in (x, grad_y))
     for part in parts:
@@ -108,4 +91,4 @@ def backward(
             _transform("input_gradient", grad_x[part], found)
     if products is None:
         return grad_x, None
-    return grad_x, _transform("weight_gradient", _empty_image(weight.shape, weight.dtype), products)
+    return grad_x, _transform("weight_gradient", empty_image(weight.shape, weight.dtype), products)
