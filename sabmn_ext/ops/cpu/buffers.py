@@ -84,8 +84,8 @@ class Buffers:
         if nbytes < MIN_BYTES:
             return torch.empty_strided(shape, stride, dtype=dtype)
         buffers = self._buffers.setdefault(nbytes, [])
-        # The longest unused ones come first.
-        i = next((i for i, b in enumerate(buffers) if b.is_free()), None)
+        # The one that was used last is still in a cache.
+        i = next((i for i in reversed(range(len(buffers))) if buffers[i].is_free()), None)
         buffer = _Buffer(nbytes) if i is None else buffers.pop(i)
         buffers.append(buffer)
         buffer.last_used = self._calls

@@ -6,6 +6,14 @@ from torch import Tensor
 from sabmn_ext.ops.cpu.images import empty_image
 from sabmn_ext.ops.cpu.products import multiply
 
+_KEPT_BY_MALLOC = 1 << 25  # bytes; glibc takes larger ones from the system each time, with a page fault for each 4 KB
+
+
+def _empty_image(batch: int, channels: int, height: int, width: int) -> Tensor:
+    if 4 * batch * channels * height * width >= _KEPT_BY_MALLOC:
+        return empty_image((batch, channels, height, width), torch.float32)
+    return torch.empty(batch, channels, height, width, memory_format=torch.channels_last)
+
 
 def _rows(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).reshape(1, -1, image.shape[1])
@@ -17,7 +25,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, None]:
     """y [B, O, H, W] for the weight [O, C, 1, 1]; the backward pass needs nothing else."""
-    y = empty_image((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype)
+    y = _empty_image(x.shape[0], weight.shape[0], *x.shape[2:])
     multiply(_rows(x), _matrix(weight).mT, _rows(y))
     return y, None
 
@@ -26,7 +34,7 @@ def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, _: None, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and weight that are wanted."""
-    grad_x = empty_image(x.shape, x.dtype) if needs_x else None
+    grad_x = _empty_image(*x.shape) if needs_x else None
     grad_weight = torch.empty(weight.shape) if needs_weight else None
     if grad_x is not None:
         multiply(_rows(grad_y), _matrix(weight), _rows(grad_x))
