@@ -13,9 +13,9 @@
 // right operands of the weights' gradients, whose left operand is the image as it stands.
 
 #include "attention/factors.h"
-#include "common/product.h"
 #include "attention/tiles.h"
 #include "attention/workspace.h"
+#include "common/product.h"
 #include "common/subnormals.h"
 
 namespace sabmn {

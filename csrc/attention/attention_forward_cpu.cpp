@@ -9,9 +9,9 @@
 #include <limits>
 
 #include "attention/factors.h"
-#include "common/product.h"
 #include "attention/tiles.h"
 #include "attention/workspace.h"
+#include "common/product.h"
 #include "common/subnormals.h"
 
 namespace sabmn {
@@ -279,7 +279,7 @@ Status exponentials(const void* x, void* result, int64_t count) {
     for (int64_t i = 0; i < count; i += 64) {
         const int64_t part = smaller(64, count - i);
         __builtin_memcpy(from, static_cast<const F*>(x) + i, part * sizeof(F));
-        for (int64_t at = 0; at < 64; at += vector_lanes<F>) 
+        for (int64_t at = 0; at < 64; at += vector_lanes<F>)
             vector_at(to + at) = exponential<F, E>(vector_at(from + at));
         __builtin_memcpy(static_cast<F*>(result) + i, to, part * sizeof(F));
     }

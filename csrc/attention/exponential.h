@@ -66,9 +66,9 @@ static inline Vector<T> greater(Vector<T> a, Vector<T> b) {
 }
 
 // e^x for x ≤ 0, with a relative error under 2^-22 + |x|·2^-25 (2^-50 + |x|·2^-53 in double; |x|·2^-23 and |x|·2^-51
-// where there is no fused multiply-add; 2^-13 for 2^-22 where it is rough): with n the integer nearest to x·log2 e and r = x·log2 e − n, 2^r by a
-// polynomial, times 2^n. e^0 is 1 exactly, which makes one-hot rows exact. 0 below the smallest normal number or, with
-// AVX-512, below the smallest subnormal one; NaN stays NaN.
+// where there is no fused multiply-add; 2^-13 for 2^-22 where it is rough): with n the integer nearest to x·log2 e and
+// r = x·log2 e − n, 2^r by a polynomial, times 2^n. e^0 is 1 exactly, which makes one-hot rows exact. 0 below the smallest
+// normal number or, with AVX-512, below the smallest subnormal one; NaN stays NaN.
 template <typename T, typename E = Exponential<T>>
 static inline Vector<T> exponential(Vector<T> x) {
     constexpr T log2_e = static_cast<T>(1.4426950408889634);

@@ -208,6 +208,14 @@ def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (mine.grad - theirs.grad).norm() <= 0.2 * theirs.grad.norm()
 
 
+def with_gradients(model: nn.Module, x: Tensor, leaf: Tensor) -> tuple[list[Tensor], list[tuple[str, str]]]:
+    """y, gradients of the leaf that x is made of and of the parameters; and what served the convolutions."""
+    with dispatch.record() as calls:
+        y = model(x)
+        found = [y, *torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])]
+    return found, [call for call in calls if "conv" in call[0]]
+
+
 @needs_native
 @pytest.mark.parametrize("normalized", [False, True])
 def test_1x1_convolutions_are_products(normalized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +228,7 @@ def test_1x1_convolutions_are_products(normalized: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(ours, "forward", lambda x: convolve(ours[0], x))  # within the root's hooks
 
     def run(model: nn.Module, x: Tensor = images) -> tuple[list[Tensor], list[tuple[str, str]]]:
-        with dispatch.record() as calls:
-            y = model(x)
-            found = [y, *torch.autograd.grad(y.square().sum(), [images, *model.parameters()])]
-        return found, [call for call in calls if "conv" in call[0]]
+        return with_gradients(model, x, images)
 
     found, calls = run(ours)
     assert calls == [("conv1x1_forward", "cpu"), ("conv1x1_backward", "cpu")]
@@ -255,10 +260,7 @@ def test_3x3_convolutions_go_by_winograds_products(normalized: bool, monkeypatch
     monkeypatch.setattr(ours, "forward", lambda x: convolve(ours[0], x))  # within the root's hooks
 
     def run(model: nn.Module, x: Tensor = images) -> tuple[list[Tensor], list[tuple[str, str]]]:
-        with dispatch.record() as calls:
-            y = model(x)
-            found = [y, *torch.autograd.grad(y.square().sum(), [images, *model.parameters()])]
-        return found, [call for call in calls if "conv" in call[0]]
+        return with_gradients(model, x, images)
 
     found, calls = run(ours)
     assert calls == [("conv3x3_forward", "cpu"), ("conv3x3_backward", "cpu")]
