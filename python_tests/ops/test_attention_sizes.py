@@ -28,7 +28,8 @@ WIDE = [(2, 20, 5, 3, 300, 7), (1, 9, 4, 11, 3, 515), (1, 40, 3, 23, 2048, 2048)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [*MANY_POSITIONS, *WIDE], ids=str)
 def test_positions_and_widths(sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
-    check([draw((*sizes, True, True), 10 * seed + i, dtype) for i in range(2)], "cpu")
+    """Many draws: wide keys give sharp rows, whose few ties make the error, of plain torch's too."""
+    check([draw((*sizes, True, True), 100 * seed + i, dtype) for i in range(24)], "cpu")
 
 
 @pytest.mark.usefixtures("isa")
