@@ -157,6 +157,21 @@ def test_results_stay_when_the_memory_is_used_again() -> None:
 
 
 @each_size_of_filters
+def test_defaults_of_torch_change_nothing(filters: int) -> None:
+    inputs = draw((3, 5, 4, 6, 5), filters=filters)
+    expected = run(*inputs, conv, backend="cpu")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = run(*inputs, conv, backend="cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, right in zip(found, expected, strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, right)
+
+
+@each_size_of_filters
 def test_a_gradient_that_is_not_wanted(filters: int) -> None:
     x, weight, grad_y = draw((3, 5, 4, 6, 5), filters=filters)
     _, grad_x, grad_weight = run(x, weight, grad_y, conv)

@@ -232,7 +232,7 @@ def _products(rows: Tensor, others: Tensor) -> Tensor:
     """rows · othersᵀ in float32, sums in any order; on the CPU by the C++ kernel, where there is one."""
     if rows.device.type != "cpu" or _native.module is None:
         return rows @ others.T
-    return multiply(rows[None], others.T[None], torch.empty(1, len(rows), len(others)))[0]
+    return multiply(rows[None], others.T[None], rows.new_empty(1, len(rows), len(others)))[0]
 
 
 def _pass_tiles(

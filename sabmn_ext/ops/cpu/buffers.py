@@ -82,7 +82,7 @@ class Buffers:
     def _empty_strided(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < MIN_BYTES:
-            return torch.empty_strided(shape, stride, dtype=dtype)
+            return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
         buffers = self._buffers.setdefault(nbytes, [])
         # The one that was used last is still in a cache.
         i = next((i for i in reversed(range(len(buffers))) if buffers[i].is_free()), None)
