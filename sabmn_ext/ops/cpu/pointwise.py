@@ -39,7 +39,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and weight that are wanted."""
     grad_x = _empty_image(x, x.shape[1]) if needs_x else None
-    grad_weight = weight.new_empty(weight.shape) if needs_weight else None
+    grad_weight = torch.empty_like(weight) if needs_weight else None  # of its strides, which DDP wants
     if grad_x is not None:
         multiply(_rows(grad_y), _matrix(weight), _rows(grad_x))
     if grad_weight is not None:
