@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import forked
 import pytest
@@ -164,6 +166,20 @@ def test_stopped_and_resumed(few, tmp_path):
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, out)]
     assert all(result.pop("seconds") > 0 for result in results)
     assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_the_groups_threads_end_with_the_command(few, tmp_path):
+    """One that still frees a tensor when the interpreter ends would abort the process."""
+
+    def process(rank):
+        sys.modules.pop("torch.distributed.nn.functional", None)  # another test may have imported it
+        assert main([*few, "--out", str(tmp_path / "run")]) == 0
+        return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
+    for each in forked.run_forked(2, process, tmp_path / "processes"):
+        assert each.code == 0, each.printed
+        assert not [thread for thread in each.value if "gloo" in thread], each.value
 
 
 def test_an_unreadable_image_is_named_by_all(few, small_market, tmp_path):

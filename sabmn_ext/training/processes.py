@@ -69,6 +69,7 @@ def joined() -> Iterator[Job]:
         yield ALONE
         return
     import torch.distributed as dist
+    import torch.distributed.nn.functional  # its functions would keep a group that is there before them for ever
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if gpus := torch.cuda.is_available():
