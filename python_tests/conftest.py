@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported. Threads that spin while they wait make the tests many times slower where the processor is
@@ -43,3 +44,15 @@ def seeded_generators(request: pytest.FixtureRequest) -> None:
 def seed(request: pytest.FixtureRequest) -> int:
     """The seed of this run: the same cases for the same ``--seed``."""
     return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture
+def fp32_precision() -> Iterator[Callable[[str], None]]:
+    """Sets how a GPU multiplies float32: ``ieee`` or ``tf32`` (no attribute, so not by monkeypatch)."""
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def set_to(precision: str) -> None:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+    yield set_to
+    set_to(before)

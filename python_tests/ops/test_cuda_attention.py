@@ -4,6 +4,7 @@ The kernels themselves are tested in the harness (python_tests/simt). The stand-
 and strides, and computes by the reference what they would, so that a wrong address or stride is a wrong result.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import native_stand_in
@@ -200,10 +201,10 @@ ON_A_GPU = [
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("sizes", ON_A_GPU, ids=str)
 def test_on_a_gpu(
-    sizes: tuple[int, ...], layout: str, kind: str, seed: int, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, ...], layout: str, kind: str, seed: int, fp32_precision: Callable[[str], None]
 ) -> None:
     tf32 = kind == "tf32"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
+    fp32_precision("tf32" if tf32 else "ieee")
     dtype = torch.float32 if tf32 else getattr(torch, kind)
     draws = [[None if t is None else t.cuda() for t in draw(sizes, 24 * seed + i, dtype, layout)] for i in range(24)]
     check(draws, "cuda", literal_in_tf32 if tf32 else literal)

@@ -5,7 +5,7 @@ Triton reads the variable when it is imported: ``test_triton_attention.py`` runs
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -80,14 +80,6 @@ def drawn(sizes: tuple[int, ...], seed: int, dtype: torch.dtype, layout: str = "
     return [on_device(draw(sizes, 100 * seed + i, dtype, layout)) for i in range(count)]
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 def check_in_turn(sizes: tuple[int, ...], seed: int, turn: int) -> None:
     """One of the dtypes and one of the layouts: it depends on the seed which, and no two turns are the same."""
     dtype = DTYPES[(seed + turn) % 3]
@@ -108,16 +100,17 @@ def test_more_of_them(sizes: tuple[int, ...], turn: int, seed: int) -> None:
     check_in_turn(sizes, seed, turn)
 
 
-@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("sizes", [SIZES[4]], ids=str)
-def test_tf32(sizes: tuple[int, ...], seed: int) -> None:
+def test_tf32(sizes: tuple[int, ...], seed: int, fp32_precision: Callable[[str], None]) -> None:
+    fp32_precision("tf32")
     cut_off = functools.partial(literal_in_tf32, half=0)
     check(drawn(sizes, seed, torch.float32), "triton", literal if DEVICE == "cpu" else cut_off)
 
 
-def test_the_precision_switch_of_matmul_decides(tf32: None) -> None:
+def test_the_precision_switch_of_matmul_decides(fp32_precision: Callable[[str], None]) -> None:
+    fp32_precision("tf32")
     assert launches._kind(torch.float32) == "tf32"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    fp32_precision("ieee")
     assert launches._kind(torch.float32) == "ieee"
     assert launches._kind(torch.bfloat16) == "half"
 
