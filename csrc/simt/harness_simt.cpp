@@ -61,6 +61,12 @@ SIMT_TEST(transpose, float, double, bf16, f16) { transpose<T, none>(); }
 SIMT_TEST(sum) { sum<none>(); }
 SIMT_TEST(matmul, bf16, f16) { matmul<T, none>(); }
 
+SIMT_TEST(tensor_cores_cut_off) {
+    simt::expect(tensor_core_sum({1.0, 0x1p-24, 0x1p-24}) == 1.0f, "terms below the last bit count");
+    simt::expect(tensor_core_sum({1.0, -0x1.8p-23}) == 1.0f - 0x1p-23f, "a term is rounded");
+    simt::expect(tensor_core_sum({1.5, 1.5, 0x1p-23}) == 3.0f, "the sum is rounded");
+}
+
 SIMT_TEST(planted_missing_barrier) { transpose<float, missing_barrier>(); }
 SIMT_TEST(planted_missing_guard) { transpose<float, missing_guard>(); }
 SIMT_TEST(planted_static_overrun) { transpose<float, shared_overrun>(); }

@@ -114,7 +114,25 @@ inline std::uint32_t transpose_8x8(std::uint32_t matrix, simt::Site site = simt:
     return element(2 * t, g) | static_cast<std::uint32_t>(element(2 * t + 1, g)) << 16;
 }
 
-// Products of 16-bit elements are exact in float; their sum is rounded once.
+// What a tensor core makes of the terms of a sum, products that are exact in double: each is cut off, not rounded, where
+// a float as large as the largest of them has its last bit, and so is the sum. A V100 was found to do so, later GPUs to
+// keep a bit or two more (Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ CS 2021).
+template <std::size_t terms>
+float tensor_core_sum(const double (&values)[terms]) {
+    double largest = 0, plain = 0;
+    for (const double value : values) {
+        largest = std::fmax(largest, std::fabs(value));
+        plain += value;
+    }
+    if (!std::isfinite(plain) || largest < 0x1p-100) return static_cast<float>(plain);
+    constexpr std::uint64_t exponent = 0x7ffULL << 52, beyond_float = (1ULL << 29) - 1;
+    const double last = simt::bits_of<double>(simt::bits_of<std::uint64_t>(largest) & exponent) * 0x1p-23;
+    const double times = 1 / last;
+    int sum = 0;
+    for (const double value : values) sum += static_cast<int>(value * times);
+    return static_cast<float>(simt::bits_of<double>(simt::bits_of<std::uint64_t>(sum * last) & ~beyond_float));
+}
+
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
                   simt::Site site = simt::Site::here()) {
@@ -128,17 +146,20 @@ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
     std::memcpy(mine.b, b, sizeof b);
     const auto all = simt::meet("mma_m16n8k16", 0xffffffffu, &mine, sizeof mine, site);
     const int g = simt::lane() / 4, t = simt::lane() % 4;
-    double sums[4] = {d[0], d[1], d[2], d[3]};
+    double terms[4][17];
     for (int k = 0; k < 16; ++k) {
         const int owner = k % 8 / 2, half = k % 2, upper = k / 8;
         const Fragments& rows = simt::of_lane<Fragments>(all, 4 * g + owner);
         for (int column = 0; column < 2; ++column) {
             const float right = value(simt::of_lane<Fragments>(all, 4 * (2 * t + column) + owner).b[upper][half]);
-            sums[column] += value(rows.a[2 * upper][half]) * right;
-            sums[2 + column] += value(rows.a[2 * upper + 1][half]) * right;
+            terms[column][k] = value(rows.a[2 * upper][half]) * right;
+            terms[2 + column][k] = value(rows.a[2 * upper + 1][half]) * right;
         }
     }
-    for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sums[i]);
+    for (int i = 0; i < 4; ++i) {
+        terms[i][16] = d[i];
+        d[i] = tensor_core_sum(terms[i]);
+    }
 }
 
 inline std::uint32_t tf32_bits(float x) {
@@ -158,17 +179,20 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const s
     const auto all = simt::meet("mma_m16n8k8_tf32", 0xffffffffu, &mine, sizeof mine, site);
     const auto value = [](std::uint32_t bits) { return static_cast<double>(__uint_as_float(bits & ~0x1fffu)); };
     const int g = simt::lane() / 4, t = simt::lane() % 4;
-    double sums[4] = {d[0], d[1], d[2], d[3]};
+    double terms[4][9];
     for (int k = 0; k < 8; ++k) {
         const int owner = k % 4, upper = k / 4;
         const Fragments& rows = simt::of_lane<Fragments>(all, 4 * g + owner);
         for (int column = 0; column < 2; ++column) {
             const double right = value(simt::of_lane<Fragments>(all, 4 * (2 * t + column) + owner).b[upper]);
-            sums[column] += value(rows.a[2 * upper]) * right;
-            sums[2 + column] += value(rows.a[2 * upper + 1]) * right;
+            terms[column][k] = value(rows.a[2 * upper]) * right;
+            terms[2 + column][k] = value(rows.a[2 * upper + 1]) * right;
         }
     }
-    for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sums[i]);
+    for (int i = 0; i < 4; ++i) {
+        terms[i][8] = d[i];
+        d[i] = tensor_core_sum(terms[i]);
+    }
 }
 
 inline float exp2_approx(float x) {
