@@ -56,6 +56,30 @@ SIMT_TEST(attention_backward_wide_heavy, f16) {
     check<T>({2, 40, 72, 320, 320, true, any(), any()});
 }
 
+// Any of these sizes, drawn anew for every seed; so many images that the errors of few positions, or of queries and keys of
+// one number, have a mean.
+template <typename T>
+void check_drawn(std::initializer_list<int> sizes, std::initializer_list<int> widths) {
+    const auto one_of = [](std::initializer_list<int> list) {
+        return list.begin()[simt::random_int(0, static_cast<int>(list.size()) - 1)];
+    };
+    const int positions = one_of(sizes), key_width = one_of(widths);
+    const int batch = 1 + (positions == 1 ? 1 : (key_width == 1 ? 256 : 64) / positions);
+    const Problem<T> problem(
+        {batch, simt::random_int(8, 40), positions, key_width, one_of(widths), true, any(), any()});
+    problem.check_forward();
+    problem.check_backward();
+}
+
+SIMT_TEST(attention_drawn_sizes) {
+    const auto small = [](auto check) { check({1, 7, 33}, {1, 17, 32, 40, 128}); };
+    any() ? small(check_drawn<bf16>) : small(check_drawn<f16>);
+    any() ? small(check_drawn<tf32>) : small(check_drawn<fp32>);
+}
+SIMT_TEST(attention_drawn_sizes_heavy, bf16, f16, tf32, fp32) {
+    check_drawn<T>({1, 7, 127, 129}, {1, 17, 32, 40, 128, 200, 256, 320});
+}
+
 // What is not wanted is left alone, and γ = 0 is no special case.
 SIMT_TEST(attention_backward_needs, bf16) {
     const Problem<T> problem({2, 16, 24, 8, 8});

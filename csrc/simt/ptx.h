@@ -1,6 +1,7 @@
 // The functions of common/ptx.h, operand for operand, in plain C++.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -121,7 +122,7 @@ template <std::size_t terms>
 float tensor_core_sum(const double (&values)[terms]) {
     double largest = 0, plain = 0;
     for (const double value : values) {
-        largest = std::fmax(largest, std::fabs(value));
+        largest = std::max(largest, std::fabs(value));
         plain += value;
     }
     if (!std::isfinite(plain) || largest < 0x1p-100) return static_cast<float>(plain);

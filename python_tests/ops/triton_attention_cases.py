@@ -62,7 +62,11 @@ SIZES = [
     (1, 12, 7, 3, 320, 300, True, True),  # in slices of all
     (1, 270, 5, 4, 30, 270, True, False),  # in slices of the values
 ]
-LONG = [(1, 16, 43, 12, 32, 32, True, True), (5, 140, 3, 3, 64, 64, True, True)]
+HEAVY = [
+    (1, 16, 43, 12, 32, 32, True, True),
+    (5, 140, 3, 3, 64, 64, True, True),
+    (1, 12, 9, 5, 256, 256, True, True),  # whole slices
+]
 TURNS = [[0], [0, 1, 2], [0], [1], [1], [2], [1], [2]]  # of DTYPES, for SIZES: exact fp32 takes the interpreter longest
 LAYOUTS = ["contiguous", "channels_last", "sliced", "sliced channels_last"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -94,10 +98,15 @@ def test_output_and_gradients(sizes: tuple[int, ...], turns: list[int], seed: in
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("sizes", "turn"), [*((SIZES[i], TURNS[i][0] + 1) for i in (4, 5, 6, 7)), (LONG[0], 0), (LONG[1], 2)]
+    ("sizes", "turn"), [*((SIZES[i], TURNS[i][0] + 1) for i in (4, 5, 6, 7)), *zip(HEAVY, (0, 2, 1), strict=True)]
 )
 def test_more_of_them(sizes: tuple[int, ...], turn: int, seed: int) -> None:
     check_in_turn(sizes, seed, turn)
+
+
+@pytest.mark.heavy
+def test_2047_positions(seed: int) -> None:
+    check(drawn((1, 8, 89, 23, 32, 16, True, True), seed, torch.float32), "triton")
 
 
 @pytest.mark.parametrize("sizes", [SIZES[4]], ids=str)
