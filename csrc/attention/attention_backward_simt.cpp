@@ -38,6 +38,20 @@ SIMT_TEST(attention_large_logits, fp32) {
     problem.check_backward();
 }
 
+// All logits are -128: those of padding are 0, and a power of such a one would be infinite. Not as TF32, where nothing but
+// noise is left of the query's gradient.
+SIMT_TEST(attention_logits_below_padding, bf16, f16, fp32) {
+    for (const int64_t positions : {35, 131}) {
+        const Problem<T> problem({2, 16, positions, 8, 12, true, true, any()});
+        for (const Buffer<T>* weight : {&problem.w_query, &problem.w_key})
+            std::fill(weight->begin(), weight->end(), static_cast<T>(0.0f));
+        std::fill(problem.b_query.begin(), problem.b_query.end(), static_cast<T>(128.0f));
+        std::fill(problem.b_key.begin(), problem.b_key.end(), static_cast<T>(-0.125f));
+        problem.check_forward();
+        problem.check_backward();
+    }
+}
+
 // Slices, with the own side kept (at most 4 panels) and fetched again.
 SIMT_TEST(attention_backward_widths, bf16) {
     check<T>({1, 24, 72, 128, 72, true, any(), any()});

@@ -2,13 +2,13 @@
 // device or reads from it, so that a CUDA graph can record it.
 //
 // Which kernel serves what, for any width (docs/cuda_attention.md has a table). T is bf16 or f16; of float32 it is tf32
-// or fp32, by the caller's choice. 25 in all:
+// or fp32, by the caller's choice. 26 in all:
 //   both passes  attention_product_kernel<T>         the projections; w_out where values are wider than a slice;
 //                                                    context = w_out^T grad_y; the gradients of x and of the weights
 //   forward      attention_forward_kernel<T, 64>     values of at most 64 channels; fp32: of any width, in slices of 64
 //                attention_forward_kernel<T, 128>    of 65 to 128; tf32: wider ones too, in slices of 128
 //                attention_forward_kernel<T, 256>    bf16 and f16: of 129 to 256, and wider ones in slices of 256
-//   backward     attention_row_term_kernel<T>        every width; tf32 uses that of fp32
+//   backward     attention_row_term_kernel<T>        every width
 //                attention_backward_block_kernel<T>  bf16 and f16, at most 128 positions
 //                attention_backward_kernel<T>        all else, in slices of 64 channels (float32: 32)
 //                attention_reduce_kernel<T>          every width; tf32 uses that of fp32
