@@ -70,7 +70,18 @@ SIMT_TEST(attention_backward_wide_heavy, f16) {
     check<T>({2, 40, 72, 320, 320, true, any(), any()});
 }
 
-// Any of these sizes, drawn anew for every seed; so many images that the errors of few positions, or of queries and keys of
+// Rows of even length where no two numbers can be moved as a pair.
+SIMT_TEST(attention_strides, bf16, fp32) {
+    for (const bool last : {false, true}) {
+        for (const int step : {1, 2}) {
+            const Problem<T> problem({2, 24, 34, 17, 12, true, any(), last, step, 3});
+            problem.check_forward();
+            problem.check_backward();
+        }
+    }
+}
+
+// Any of these sizes and strides, drawn anew for every seed; so many images that the errors of few positions, or of queries and keys of
 // one number, have a mean.
 template <typename T>
 void check_drawn(std::initializer_list<int> sizes, std::initializer_list<int> widths) {
@@ -79,14 +90,15 @@ void check_drawn(std::initializer_list<int> sizes, std::initializer_list<int> wi
     };
     const int positions = one_of(sizes), key_width = one_of(widths);
     const int batch = 1 + (positions == 1 ? 1 : (key_width == 1 ? 256 : 64) / positions);
+    const int step = one_of({1, 1, 1, 2}), gap = one_of({0, 0, 1, 2, 8});
     const Problem<T> problem(
-        {batch, simt::random_int(8, 40), positions, key_width, one_of(widths), true, any(), any()});
+        {batch, simt::random_int(8, 40), positions, key_width, one_of(widths), true, any(), any(), step, gap});
     problem.check_forward();
     problem.check_backward();
 }
 
 SIMT_TEST(attention_drawn_sizes) {
-    const auto small = [](auto check) { check({1, 7, 33}, {1, 17, 32, 40, 128}); };
+    const auto small = [](auto check) { check({1, 7, 33, 34}, {1, 17, 32, 40, 128}); };
     any() ? small(check_drawn<bf16>) : small(check_drawn<f16>);
     any() ? small(check_drawn<tf32>) : small(check_drawn<fp32>);
 }

@@ -18,16 +18,21 @@ inline bool any() { return simt::random_int(0, 1) == 1; }
 struct Shape {
     int64_t batch, channels, positions, key_width, value_width;
     bool w_out = true, biases = false, channels_last = false;
+    int64_t step = 1, gap = 0;  // of x's and y's rows: elements from one number to the next; left out between rows
 
+    int64_t row() const { return (channels_last ? channels : positions) * step + gap; }
+    int64_t image() const { return (channels_last ? positions : channels) * row(); }
     int64_t x_at(int64_t b, int64_t c, int64_t n) const {
-        return channels_last ? (b * positions + n) * channels + c : (b * channels + c) * positions + n;
+        return b * image() + (channels_last ? n * row() + c * step : c * row() + n * step);
     }
+    int64_t x_size() const { return x_at(batch - 1, channels - 1, positions - 1) + 1; }
     std::string text() const {
         std::string text;
         for (const int64_t size : {batch, channels, positions, key_width, value_width})
             text += std::to_string(size) + " ";
         return text + (w_out ? "with" : "without") + " w_out" + (biases ? ", biases" : "") +
-               (channels_last ? ", last" : "");
+               (channels_last ? ", last" : "") +
+               (step > 1 || gap ? ", apart" : "");
     }
 };
 
@@ -233,7 +238,7 @@ struct Problem {
 
     explicit Problem(const Shape& shape, double scale = 1.5)
         : shape(shape),
-          x(simt::random<T>(shape.batch * shape.channels * shape.positions)),
+          x(simt::random<T>(shape.x_size())),
           w_query(weight(shape.key_width, shape.channels, key_scale(scale))),
           w_key(weight(shape.key_width, shape.channels, key_scale(scale))),
           w_value(weight(shape.value_width, shape.channels, 1)),
@@ -253,9 +258,8 @@ struct Problem {
     }
 
     AttentionMap map(const Buffer<T>& buffer) const {
-        const int64_t size = shape.channels * shape.positions;
-        return shape.channels_last ? AttentionMap{buffer.data(), size, 1, shape.channels}
-                                   : AttentionMap{buffer.data(), size, shape.positions, 1};
+        return shape.channels_last ? AttentionMap{buffer.data(), shape.image(), shape.step, shape.row()}
+                                   : AttentionMap{buffer.data(), shape.image(), shape.row(), shape.step};
     }
 
     AttentionCuda arguments() const {
