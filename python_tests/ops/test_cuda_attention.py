@@ -10,7 +10,7 @@ from typing import Any
 import native_stand_in
 import pytest
 import torch
-from attention_cases import check, draw, literal, literal_in_tf32
+from attention_cases import TF32_DRAWS, check, draw, literal, literal_in_tf32
 from native_stand_in import DTYPES, at
 from torch import Tensor
 
@@ -206,5 +206,6 @@ def test_on_a_gpu(
     tf32 = kind == "tf32"
     fp32_precision("tf32" if tf32 else "ieee")
     dtype = torch.float32 if tf32 else getattr(torch, kind)
-    draws = [[None if t is None else t.cuda() for t in draw(sizes, 24 * seed + i, dtype, layout)] for i in range(24)]
+    count = TF32_DRAWS if tf32 else 24
+    draws = [[t if t is None else t.cuda() for t in draw(sizes, count * seed + i, dtype, layout)] for i in range(count)]
     check(draws, "cuda", literal_in_tf32 if tf32 else literal)
